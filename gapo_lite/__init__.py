@@ -1,0 +1,39 @@
+"""GaPO-Lite: Gap-Aware Preference Optimization on one GPU.
+
+The public names are imported when first asked for, so that `import gapo_lite` (and `gapo-lite --help`) stays quick
+and does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Before bitsandbytes is imported: it notes the lack of a CPU kernel that training does not use.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+_PUBLIC = {
+    "GapoTrainer": "gapo_lite.trainer",
+    "RunConfig": "gapo_lite.config",
+    "estimate_margins": "gapo_lite.margins",
+    "gapo_loss": "gapo_lite.objectives",
+    "load_config": "gapo_lite.config",
+    "load_pairs": "gapo_lite.data",
+    "score_pairs": "gapo_lite.ef",
+    "train": "gapo_lite.trainer",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,111 @@
+"""Attention over packed pairs that share their prompts.
+
+A packed row is [prompt₀ chosen₀ rejected₀ prompt₁ chosen₁ …]. A chosen response sees its prompt and itself; a rejected
+response sees the same prompt and itself, never the chosen one. The prompt is computed once for both.
+
+Naive equivalent (what the tests compare with): two padded sequences a pair, prompt+chosen and prompt+rejected, through
+the model's ordinary causal attention.
+
+On CUDA in half precision one `varlen_attn` call does all of it: queries lie in the row as they are, only keys and
+values are gathered so that each prompt's appear before both responses, and causal masking is aligned to the end of the
+keys. Elsewhere two `scaled_dot_product_attention` calls a pair do the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from gapo_lite.types import Segments
+
+SHARED_PREFIX = "gapo_shared_prefix"
+"""Name of the attention implementation, for `model.set_attn_implementation`."""
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segments: Segments | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a packed row; without `segments` (padded batches, generation) it is the ordinary one.
+
+    Args:
+        module: the attention layer.
+        query: (1, heads, T, D).
+        key, value: (1, key-value heads, T, D).
+        attention_mask: only for the ordinary one.
+        dropout: attention dropout, 0 for a packed row.
+        scaling: factor on the scores.
+        segments: who sees whom.
+
+    Returns:
+        ((1, T, heads, D), None).
+    """
+    if segments is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _one_call(query, key, value, segments, scaling), None
+    return _two_calls_a_pair(query, key, value, segments, scaling), None
+
+
+def placeholder_mask(device: torch.device) -> torch.Tensor:
+    """(1, 1, 1, 1): a ready-made 4-D mask is passed on untouched, so that transformers builds none from the positions
+    (a packed row would get a dense T × T one)."""
+    return torch.zeros(1, 1, 1, 1, device=device)
+
+
+def _one_call(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
+) -> torch.Tensor:
+    out = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].index_select(1, segments.kv_index).transpose(0, 1),
+        value[0].index_select(1, segments.kv_index).transpose(0, 1),
+        segments.cu_seq_q,
+        segments.cu_seq_k,
+        segments.max_q,
+        segments.max_k,
+        scale=scaling,
+        window_size=(-1, 0),  # causal, aligned to the last key
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.unsqueeze(0)
+
+
+def _two_calls_a_pair(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
+) -> torch.Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    outputs, start = [], 0
+    for prompt, chosen, rejected in segments.lengths:
+        middle, end = start + prompt + chosen, start + prompt + chosen + rejected
+        q, k, v = (x[:, :, start:middle] for x in (query, key, value))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
+        k, v = (
+            torch.cat((x[:, :, start : start + prompt], x[:, :, middle:end]), dim=2) for x in (key, value)
+        )
+        sees = torch.ones(rejected, prompt + rejected, dtype=torch.bool, device=query.device).tril(prompt)
+        q = query[:, :, middle:end]
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scaling))
+        start = end
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
+AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)

@@ -1,0 +1,277 @@
+"""Files: .jsonl, .json, .csv, .tsv and .parquet, each also as .gz → numbered rows.
+
+What is wrong with one row becomes a `Problem` with its line; what is wrong with the file as a whole is a
+`DataError`. Not read by `datasets.load_dataset`, which gives no line numbers, turns "NA" into None and an empty
+file into StopIteration. `pyarrow` is imported by the first .parquet file.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gapo_lite.data.messages import MESSAGE_KEYS, called
+from gapo_lite.data.formats import COLUMNS, Row
+from gapo_lite.errors import DataError
+from gapo_lite.types import Problem
+
+NumberedRow = tuple[int, Row] | Problem
+"""1-based line and row, or what was wrong with the row."""
+
+
+class Table(NamedTuple):
+    """An opened source; `columns` are those it names apart from its rows (none for text files)."""
+
+    columns: list[str]
+    rows: Iterator[NumberedRow]
+
+
+BATCH_ROWS = 1000
+UTF16_MARKS = [b"\xff\xfe", b"\xfe\xff"]
+BLANK = b" \t\r\n\xef\xbb\xbf"
+PYTHON_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value)'""")
+
+
+# --- Files ------------------------------------------------------------------------------------
+
+
+def _reader(path: Path) -> Callable[[Any, str], Table]:
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix not in READERS:
+        ending = f"its name ends with {suffix!r}" if suffix else "its name has no ending"
+        raise DataError(f"{str(path)!r} is no file of a known kind: {ending}. {known_sources()}")
+    return READERS[suffix]
+
+
+@contextmanager
+def _open_file(path: Path) -> Iterator[Any]:
+    """The bytes of a file, unzipped; what goes wrong while they are read is named as the file's fault."""
+    if not path.is_file():
+        raise DataError(f"{str(path)!r} is no ordinary file, so it is not read. {known_sources()}")
+    zipped = path.suffix.lower() == ".gz"
+    try:
+        with gzip.open(path) if zipped else path.open("rb") as stream:
+            start = stream.peek(2)[:2]
+            if not start:
+                raise DataError(f"{str(path)!r} is empty, so there is nothing to load.")
+            if start in UTF16_MARKS:
+                raise DataError(f"{str(path)!r} is in UTF-16, which is not read: save it as UTF-8.")
+            yield stream
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"{str(path)!r} is damaged or incomplete as a gzip file ({error}), so its rows are not "
+            "to be trusted. Copy or compress it again."
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"{str(path)!r} can't be read ({error.strerror or error}). "
+            "Check the file and its permissions."
+        ) from error
+
+
+def _parse_json(raw: bytes) -> Any:
+    """JSON in UTF-8, with or without its mark; NaN and Infinity pass, of equal keys the last wins.
+
+    Raises:
+        ValueError: what it is instead, to be read after "is".
+    """
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        at = f"byte {error.start + 1}" if line == 1 else f"line {line}"
+        raise ValueError(f"not valid UTF-8 (0x{error.object[error.start]:02x} at {at})") from None
+    except json.JSONDecodeError as error:
+        at = f"character {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
+        raise ValueError(f"not valid JSON ({error.msg} at {at})") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError:
+        raise ValueError("not usable (a number in it has thousands of digits)") from None
+
+
+def _read_jsonl(stream: Iterable[bytes], name: str) -> Table:
+    """One object a line; blank lines are skipped but counted."""
+    lines = enumerate(stream, start=1)
+    return Table([], (_jsonl_row(line, raw) for line, raw in lines if raw.strip(BLANK)))
+
+
+def _jsonl_row(line: int, raw: bytes) -> NumberedRow:
+    try:
+        return _object(line, _parse_json(raw))
+    except ValueError as error:
+        return Problem(line, "", f"the line is {error}")
+
+
+def _object(line: int, value: Any) -> NumberedRow:
+    if isinstance(value, dict):
+        return line, value
+    return Problem(line, "", f"the row is {called(value)}, not an object with columns")
+
+
+def _read_json(stream: io.BufferedIOBase, name: str) -> Table:
+    """A list of objects, an object with one such list in it, or an object of column lists."""
+    try:
+        records = _json_records(_parse_json(stream.read()))
+    except ValueError as error:
+        raise DataError(
+            f"{name!r} is {error}, so none of its rows can be read. A .json file holds a list of "
+            "objects; a file with one object a line is to be named .jsonl."
+        ) from None
+    return Table([], (_object(number, record) for number, record in enumerate(records, start=1)))
+
+
+def _json_records(value: Any) -> Iterable[Any]:
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"{called(value)}, not a list of objects")
+    if "chosen" in value and "rejected" in value:
+        return _column_records(value)
+    lists = [item for item in value.values() if isinstance(item, list)]
+    lists = [item for item in lists if any(isinstance(record, dict) for record in item)]
+    if len(lists) != 1:
+        raise ValueError(f"an object with {len(lists)} lists of objects in it, not one")
+    return lists[0]
+
+
+def _column_records(columns: dict[str, Any]) -> Iterable[Row]:
+    for column, values in columns.items():
+        if not isinstance(values, list):
+            raise ValueError(f"one object, whose {column!r} is {called(values)}, not a list")
+    lengths = {column: len(values) for column, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"an object of column lists that differ in length ({lengths})")
+    return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+
+def _read_csv(stream: io.BufferedIOBase, name: str) -> Table:
+    return Table([], _csv_rows(stream, name, ","))
+
+
+def _read_tsv(stream: io.BufferedIOBase, name: str) -> Table:
+    return Table([], _csv_rows(stream, name, "\t"))
+
+
+def _csv_rows(stream: Any, name: str, delimiter: str) -> Iterator[NumberedRow]:
+    """Records under a header row. Bytes that are no UTF-8 become lone surrogates, which no row may hold."""
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    limit = csv.field_size_limit(sys.maxsize)  # the process's setting; 128 KiB would be too little
+    try:
+        records = _csv_records(csv.reader(text, delimiter=delimiter, strict=True))
+        header = next(records, None)
+        if isinstance(header, Problem):
+            raise DataError(f"{name!r} has no usable header row: {header.reason}. Mend line 1.")
+        for record in records:
+            yield record if isinstance(record, Problem) else _csv_row(header[1], *record)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_records(reader: Any) -> Iterator[tuple[int, list[str]] | Problem]:
+    """Records that are not blank, each with its first line."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Problem(line, "", f"the record is not valid CSV ({error}): check its quotes")
+            continue
+        if cells:
+            yield line, cells
+
+
+def _csv_row(header: list[str], line: int, cells: list[str]) -> NumberedRow:
+    if any(cells[len(header) :]):
+        reason = f"the record has {len(cells)} cells under {len(header)} columns: check its quotes"
+        return Problem(line, "", reason)
+    row: Row = {}
+    for column, cell in zip(header, cells, strict=False):
+        if column in COLUMNS and PYTHON_MESSAGES.match(cell):
+            reason = "holds messages as Python prints them, not as JSON: save the data as .jsonl"
+            return Problem(line, column, reason)
+        row[column] = _cell(column, cell)
+    return line, row
+
+
+def _cell(column: str, cell: str) -> Any:
+    """Messages and score lists in a cell are JSON; every other text is what it is."""
+    if column not in COLUMNS or not cell.lstrip().startswith(("[", "{")):
+        return cell
+    try:
+        value = json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
+    messages = value if isinstance(value, list) else [value]
+    return value if column.startswith("all_") or all(map(_is_message, messages)) else cell
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and any(set(keys) <= set(value) for keys in MESSAGE_KEYS)
+
+
+def _read_parquet(stream: Any, name: str) -> Table:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        zipped = isinstance(stream, gzip.GzipFile)  # which cannot seek without unzipping again
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(stream.read()) if zipped else stream)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged_parquet(name, error) from error
+    return Table(file.schema_arrow.names, _parquet_rows(file, name))
+
+
+def _parquet_rows(file: Any, name: str) -> Iterator[NumberedRow]:
+    import pyarrow
+
+    columns = _wanted(file.schema_arrow.names)
+    line = 0
+    try:
+        for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+            for row in _batch_rows(batch):
+                line += 1
+                yield (line, row) if row is not None else Problem(line, "", "is not valid UTF-8")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged_parquet(name, error) from error
+
+
+def _batch_rows(batch: Any) -> Iterable[Row | None]:
+    """The rows of a batch, None for one whose text is not UTF-8 (Arrow does not check when it reads)."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+        return (row for n in range(batch.num_rows) for row in _batch_rows(batch.slice(n, 1)))
+
+
+def _damaged_parquet(name: str, error: Exception) -> DataError:
+    return DataError(f"{name!r} can't be read as Parquet ({error}). Copy or write it again.")
+
+
+def _wanted(columns: list[str]) -> list[str]:
+    """Only what is read need be decoded; without any of it, all columns, so that rows still count."""
+    return [column for column in columns if column in COLUMNS] or columns
+
+
+READERS: dict[str, Callable[[Any, str], Table]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}
+
+

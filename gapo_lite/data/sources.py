@@ -1,0 +1,171 @@
+"""Sources: a file, a `datasets` folder, an embedded name or a Hub id → numbered rows.
+
+Local files are read here and not by `datasets.load_dataset`, which gives no line numbers, turns "NA" into None
+and an empty file into StopIteration. What is wrong with one row becomes a `Problem`; what is wrong with the
+source as a whole is a `DataError`. `pyarrow` and `datasets` are imported by the sources that need them.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gapo_lite.data.formats import COLUMNS, MESSAGE_KEYS, Row, called
+from gapo_lite.embedded import EMBEDDED_DATA, embedded_data_path
+from gapo_lite.errors import DataError
+from gapo_lite.types import Problem
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+HUB_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+
+@contextmanager
+def open_source(source: str | Path, split: str) -> Iterator[Table]:
+    """Open what a person named; what lies on the disk goes before the Hub.
+
+    Args:
+        source: path, "embedded:…" name, or Hub id `owner/name`.
+        split: which split of a Hub data set or a saved DatasetDict; other sources have none.
+
+    Raises:
+        DataError: it isn't there, can't be read, or is no kind of source.
+    """
+    path = _local_path(source)
+    if path is None:
+        yield _hub_table(str(source), split)
+    elif path.is_dir():
+        yield _folder_table(path, split)
+    else:
+        read = _reader(path)
+        with _open_file(path) as stream:
+            yield read(stream, str(path))
+
+
+# --- Which source a name means ----------------------------------------------------------------
+
+
+def _local_path(source: str | Path) -> Path | None:
+    """The path of a local source, None for a Hub id."""
+    name = str(source)
+    if isinstance(source, str) and name.startswith("embedded:"):
+        return embedded_data_path(name)
+    path = Path(source).expanduser() if name.startswith("~/") else Path(source)
+    if name and _exists(path):
+        return path
+    if isinstance(source, str) and _is_hub_id(name):
+        return None
+    raise DataError(_not_found(name, path))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, a folder closed to us, a NUL in the name
+        return False
+
+
+def _is_hub_id(name: str) -> bool:
+    """`owner/name` and nothing else: no builder of `datasets`, URL, script, bucket, mistyped file."""
+    if not HUB_ID.fullmatch(name) or ".." in name or "--" in name or name.startswith("buckets/"):
+        return False
+    return Path(name).suffix.lower() not in {*READERS, ".gz", ".py", ".git"}
+
+
+def _not_found(name: str, path: Path) -> str:
+    if "://" in name:
+        return (
+            f"{name!r} is an address, and data is not loaded from addresses. "
+            "Download the file and name its path, or give a Hub id of the form owner/name."
+        )
+    similar = " or ".join(map(repr, _similar_files(path)))
+    return (
+        f"{name!r} is neither a file or folder here nor a Hub id of the form owner/name, so there "
+        f"is nothing to load. {f'Did you mean {similar}?' if similar else known_sources()}"
+    )
+
+
+def _similar_files(path: Path) -> list[str]:
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except (OSError, ValueError):
+        return []
+    return [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, names)]
+
+
+def known_sources() -> str:
+    """What may be named as a source, for a message."""
+    return (
+        f"Name a file ({' '.join(READERS)}, also with .gz), a folder written by save_to_disk, "
+        f"a Hub id of the form owner/name, or one of {', '.join(EMBEDDED_DATA)}."
+    )
+
+
+# --- Folders and the Hub ----------------------------------------------------------------------
+
+
+def _folder_table(path: Path, split: str) -> Table:
+    if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        raise DataError(_no_dataset(path))
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever a damaged folder makes of it
+        raise DataError(
+            f"{str(path)!r} can't be loaded as a `datasets` folder ({_one_line(error)}). "
+            "Write it again with save_to_disk."
+        ) from error
+    if isinstance(data, datasets.Dataset):
+        return _dataset_table(data)
+    if split not in data:
+        raise DataError(
+            f"{str(path)!r} has no split {split!r}, so nothing was loaded. "
+            f"It has: {', '.join(data)}."
+        )
+    return _dataset_table(data[split])
+
+
+def _no_dataset(path: Path) -> str:
+    files = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in {*READERS, ".gz"})
+    remedy = f"Name one of its files, such as {files[0]!r}." if files else known_sources()
+    return f"{str(path)!r} is a folder, but none that save_to_disk wrote. {remedy}"
+
+
+def _hub_table(name: str, split: str) -> Table:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, split=split, trust_remote_code=False)
+    except Exception as error:  # absent, gated, offline, no such split, a script: it says which
+        raise DataError(
+            f"{name!r} is not here, and its split {split!r} can't be loaded from the Hub: "
+            f"{_one_line(error)}. If it is gated, accept its terms on its page and log in "
+            "(`hf auth login`); without a network, bring its files here and name one of them."
+        ) from error
+    return _dataset_table(data)
+
+
+def _dataset_table(data: Dataset) -> Table:
+    return Table(data.column_names, enumerate(_dataset_rows(data), start=1))
+
+
+def _dataset_rows(data: Dataset) -> Iterator[Row]:
+    plain = data.select_columns(_wanted(data.column_names)).with_format(None)
+    for batch in plain.iter(BATCH_ROWS):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")

@@ -1,0 +1,360 @@
+"""The policy: a base model in 4 bits with a LoRA adapter, and its forward pass over pairs.
+
+The only module that imports bitsandbytes, peft and unsloth. The reference model is this one with its adapter disabled,
+never a second copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gapo_lite.attention import SHARED_PREFIX, placeholder_mask
+from gapo_lite.batching import pack, pad
+from gapo_lite.embedded import EMBEDDED_MODELS, cache_dir, embedded_path
+from gapo_lite.errors import ModelError
+from gapo_lite.logps import pair_logps
+from gapo_lite.types import PairBatch, PairLogps, TokenizedPair
+
+Policy = PeftModel | PreTrainedModel
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+def forward_logps(model: Policy, batch: PairBatch) -> PairLogps:
+    """Log-probabilities of a batch's scored tokens; the whole way from token ids to `PairLogps`.
+
+    Args:
+        model: the policy; its adapter counts unless it is disabled.
+        batch: on the model's device, in either layout.
+    """
+    causal = causal_model(model)
+    head = causal.get_output_embeddings().weight
+    with _autocast(causal):
+        return pair_logps(_hidden_states(causal, batch), head, batch)
+
+
+def causal_model(model: Policy) -> PreTrainedModel:
+    """The model beneath the adapter (with the adapter's layers in it)."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _hidden_states(causal: PreTrainedModel, batch: PairBatch) -> torch.Tensor:
+    packed = batch.segments is not None
+    extra = {"segments": batch.segments} if packed else {}
+    return causal.base_model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=placeholder_mask(batch.input_ids.device) if packed else batch.attention_mask,
+        use_cache=False,
+        **extra,
+    ).last_hidden_state
+
+
+def _autocast(causal: PreTrainedModel) -> torch.autocast:
+    """bfloat16 arithmetic where the base is bfloat16, so that float32 adapters don't pull activations to float32."""
+    weight = causal.get_input_embeddings().weight
+    return torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
+
+
+def pick_device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def pick_precision(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware computes in it, else float32."""
+    if precision != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
+    if device.type == "cuda":
+        has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_it = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_it else torch.float32
+
+
+def resolve_model(name: str) -> str:
+    """What transformers can load for a configured name: a folder, or the Hub id itself.
+
+    Raises:
+        ModelError: the name is no embedded model, existing folder or Hub id (owner/name).
+    """
+    if name in EMBEDDED_MODELS or name.startswith("embedded:"):
+        return str(_unpacked(name))
+    if Path(name).is_dir():
+        return str(Path(name).resolve())
+    if _HUB_ID.fullmatch(name) and ".." not in name:
+        return name
+    raise ModelError(
+        f"the model {name!r} is neither an existing folder nor a Hub id of the form owner/name. Known without a "
+        f"network: {', '.join(n for n in EMBEDDED_MODELS if 'smollm' in n)}."
+    )
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a configured model, without running any code of its repository.
+
+    Raises:
+        ModelError: it cannot be loaded (absent, gated, offline, damaged).
+    """
+    with _loading(name):
+        return AutoTokenizer.from_pretrained(
+            resolve_model(name), revision=revision, trust_remote_code=False
+        )
+
+
+def load_base(
+    name: str,
+    *,
+    revision: str | None = None,
+    quantization: str = "nf4",
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """The base model, frozen, on `device`.
+
+    Args:
+        name: embedded name, folder or Hub id. A folder that is already quantised by bitsandbytes is taken as it is.
+        revision: of the Hub repository.
+        quantization: "nf4" (4 bits, double quantisation) or "none".
+        dtype: arithmetic, and the type of embedding, head and norms.
+        device: where it goes, whole.
+
+    Raises:
+        ModelError: it cannot be loaded, or its output head is not a plain linear layer.
+    """
+    path = resolve_model(name)
+    with _loading(name):
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        already = _existing_quantization(name, config)
+        wanted = quantization == "nf4" and not already
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision,
+            dtype=dtype,
+            device_map={"": torch.device(device)},
+            quantization_config=_nf4(dtype) if wanted else None,
+            trust_remote_code=False,
+        )
+    _keep_trainable_layout(model)
+    model.requires_grad_(False)
+    _check_head(name, model)
+    return model
+
+
+def add_adapter(
+    model: PreTrainedModel,
+    *,
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    target_modules: str | list[str] = "all-linear",
+    gradient_checkpointing: bool = False,
+    seed: int = 42,
+) -> PeftModel:
+    """A fresh float32 LoRA adapter on `model` (B = 0: it starts as the base model), ready to train.
+
+    Raises:
+        ModelError: the named layers are not in the model.
+    """
+    torch.manual_seed(seed)
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules,
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        # transformers 5.23 renames gradient to activation checkpointing; 5.17 has only the old name
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            policy = get_peft_model(model, settings)
+        except ValueError as error:
+            raise ModelError(
+                f"the adapter does not fit: {error} Use lora.target_modules: all-linear."
+            ) from None
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.train()
+    return policy
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """The adapter of `folder` on `model`, for inference.
+
+    Raises:
+        ModelError: the folder holds no adapter, or one made for another base.
+    """
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} holds no adapter (adapter_config.json is missing). Did the run finish a save?")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # as in add_adapter
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+    except (RuntimeError, ValueError, KeyError, UserWarning, json.JSONDecodeError) as error:
+        made_for = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise ModelError(
+            f"the adapter in {folder} does not fit {model.config.name_or_path}: it was made for {made_for}. "
+            f"Load that base model instead. ({' '.join(str(error).split())[:200]})"
+        ) from None
+
+
+def why_not_packed(model: Policy) -> str:
+    """Whether the packed layout gives this model the hidden states that the padded one gives: "" if so, else why not.
+
+    Also switches the model's attention to the one that knows both layouts, where that is possible.
+    """
+    causal = causal_model(model)
+    if not causal._supports_attention_backend:
+        return "its attention cannot be replaced"
+    if causal.config.get_text_config().to_dict().get("sliding_window") is not None:
+        return "it uses a sliding attention window"
+    causal.set_attn_implementation(SHARED_PREFIX)
+    error = _packing_error(causal)
+    if error > _PACKING_TOLERANCE[causal.get_input_embeddings().weight.dtype]:
+        causal.set_attn_implementation("sdpa")
+        return f"its hidden states differ by {error:.0%} between the two layouts"
+    return ""
+
+
+@torch.no_grad()
+def _packing_error(causal: PreTrainedModel) -> float:
+    """Relative difference of the predicting hidden states, packed against padded, on random tokens."""
+    draw = np.random.default_rng(0)
+    vocabulary = min(causal.config.get_text_config().vocab_size, 1000)
+    ids = [draw.integers(0, vocabulary, n).astype(np.int32) for n in (5, 4, 7, 3, 6, 2)]
+    pairs = [TokenizedPair(*ids[:3], margin=0.0), TokenizedPair(*ids[3:], margin=0.0)]
+    training = causal.training
+    causal.eval()
+    rows = []
+    with _autocast(causal):
+        for batch in (pack(pairs), pad(pairs, pad_id=0)):
+            batch = batch.to(causal.device)
+            hidden = _hidden_states(causal, batch).flatten(0, 1)
+            rows.append(hidden.index_select(0, batch.predict_index).float())
+    causal.train(training)
+    return float((rows[0] - rows[1]).norm() / rows[1].norm())
+
+
+def _unpacked(name: str) -> Path:
+    """The embedded GGUF as an ordinary model folder in the cache, converted once, atomically."""
+    source = embedded_path(name)
+    folder = cache_dir() / "models" / name.removeprefix("embedded:")
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    with _quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar of its own
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32
+        )
+        # It still calls itself a GGUF model, which cannot be saved, although its weights are plain by now.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        model.to(torch.bfloat16).save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+    stage.chmod(0o755)
+    with contextlib.suppress(OSError):  # another process was faster: its folder is as good
+        stage.rename(folder)
+    return folder
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _existing_quantization(name: str, config: PretrainedConfig) -> bool:
+    """Whether the folder is quantised by bitsandbytes already."""
+    method = config.to_dict().get("quantization_config", {}).get("quant_method")
+    if method not in (None, "bitsandbytes"):
+        raise ModelError(
+            f"{name} is quantised by {method}, which cannot be trained here. Choose the unquantised model: it is "
+            "quantised to 4 bits while loading."
+        )
+    return method is not None
+
+
+def _keep_trainable_layout(model: PreTrainedModel) -> None:
+    """Forbids bitsandbytes to repack CPU weights for AVX-512 in eval mode (seen in 0.50.2).
+
+    A repacked layer stays so after `.train()`, and no gradient flows through it from then on, silently.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+
+
+def _check_head(name: str, model: PreTrainedModel) -> None:
+    """The tiles of logps.py stand for the model's own head: refuse heads that do more than a matrix product."""
+    head = model.get_output_embeddings()
+    settings = model.config.get_text_config().to_dict()
+    scales = [k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if settings.get(k)]
+    if not isinstance(head, nn.Linear) or head.bias is not None or scales:
+        why = f"it applies {', '.join(scales)}" if scales else "it is not a linear layer without bias"
+        raise ModelError(f"the output head of {name} cannot be trained here: {why}. Choose another model.")
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turns what transformers and the Hub raise into one message with a remedy."""
+    try:
+        with _quiet_transformers():
+            yield
+    except (OSError, ValueError, KeyError) as error:
+        text = " ".join(str(error).split())
+        if "gated" in text.lower() or "401" in text or "403" in text:
+            remedy = "It is gated: accept its licence on the Hub, then log in with `hf auth login` (or set HF_TOKEN)."
+        elif _HUB_ID.fullmatch(name) and not Path(name).exists():
+            remedy = "Check the spelling and the network, or give a local folder that holds the model."
+        else:
+            remedy = "Check that the folder holds a complete transformers model (config, tokenizer, safetensors)."
+        raise ModelError(f"the model {name} could not be loaded: {text[:300]} {remedy}") from None
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the progress bars and notes of loading; errors are raised all the same."""
+    from transformers.utils import logging as transformers_logging
+
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
