@@ -23,7 +23,7 @@ _PUBLIC = {
     "load_config": "gapo_lite.config",
     "load_pairs": "gapo_lite.data",
     "score_pairs": "gapo_lite.ef",
-    "train": "gapo_lite.trainer",
+    "train": "gapo_lite.training",
 }
 
 __all__ = ["__version__", *_PUBLIC]

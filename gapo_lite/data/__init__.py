@@ -1,6 +1,9 @@
 """Data: any source of preference pairs → `LoadedPairs`, its split by prompt, and its fingerprint.
 
-    sources (file, folder, Hub) → files (bytes → rows) → formats (rows → pairs) → report (what was wrong, where)
+    sources.py   a name → the file, folder or Hub data set that it means
+    files.py     a file's bytes → rows
+    formats.py   a row → a pair; messages.py reads and checks its texts
+    report.py    what was wrong, and where, for a person
 
 Importing this imports neither torch nor `datasets` nor pyarrow.
 """
@@ -12,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from gapo_lite.data.files import NumberedRow
 from gapo_lite.data.formats import FORMATS, parse_row
 from gapo_lite.data.messages import BadRowError
 from gapo_lite.data.report import problem_lines
@@ -26,9 +30,11 @@ def load_pairs(source: str | Path, *, split: str = "train") -> LoadedPairs:
     """Load every usable pair of a source, and say why the other rows are not.
 
     Args:
-        source: a .jsonl, .json, .csv, .tsv or .parquet file (also .gz), a folder written by `save_to_disk`, an
-            "embedded:…" name, or a Hub id `owner/name`. What lies on the disk goes before the Hub.
-        split: which split of a Hub data set or a saved DatasetDict; a file has none and is taken whole.
+        source: a .jsonl, .json, .csv, .tsv or .parquet file (also .gz), a folder written by
+            `save_to_disk`, an "embedded:…" name, or a Hub id `owner/name`. What lies on the disk
+            goes before the Hub.
+        split: which split of a Hub data set or a saved DatasetDict; what has no splits, such as a
+            file, is taken whole.
 
     Returns:
         The pairs in the order of the source; `shape` is the one that most of them have.
@@ -36,58 +42,67 @@ def load_pairs(source: str | Path, *, split: str = "train") -> LoadedPairs:
     Raises:
         DataError: the source can't be read, or no row of it is usable.
     """
-    pairs: list[PreferencePair] = []
-    problems: list[Problem] = []
-    shapes: Counter[str] = Counter()
     with open_source(source, split) as table:
         columns = dict.fromkeys(table.columns)
-        for item in table.rows:
-            if isinstance(item, Problem):
-                problems.append(item)
-                continue
-            line, row = item
-            columns.update(dict.fromkeys(row))
-            try:
-                shape, pair = parse_row(row, line)
-            except BadRowError as error:
-                problems.append(Problem(line, error.field, error.reason))
-                continue
-            pairs.append(pair)
-            shapes[shape] += 1
-    if not pairs:
+        parsed, problems = _parse_rows(table.rows, columns)
+    if not parsed:
         raise DataError(_nothing_usable(str(source), list(columns), problems))
+    pairs = [pair for _, pair in parsed]
     return LoadedPairs(
         pairs=pairs,
         problems=problems,
         source=str(source),
         columns=list(columns),
-        shape=shapes.most_common(1)[0][0],
+        shape=Counter(shape for shape, _ in parsed).most_common(1)[0][0],
         num_duplicates=len(pairs) - len({_content(pair) for pair in pairs}),
         num_equal=sum(pair.chosen == pair.rejected for pair in pairs),
     )
 
 
+def _parse_rows(
+    rows: Iterable[NumberedRow], columns: dict[str, None]
+) -> tuple[list[tuple[str, PreferencePair]], list[Problem]]:
+    """Shapes and pairs, and the problems; adds the columns of every row to `columns`."""
+    parsed: list[tuple[str, PreferencePair]] = []
+    problems: list[Problem] = []
+    for item in rows:
+        if isinstance(item, Problem):
+            problems.append(item)
+            continue
+        line, row = item
+        columns.update(dict.fromkeys(row))
+        try:
+            parsed.append(parse_row(row, line))
+        except BadRowError as error:
+            problems.append(Problem(line, error.field, error.reason))
+    return parsed, problems
+
+
 def _nothing_usable(source: str, columns: list[str], problems: list[Problem]) -> str:
     if not problems:
         return f"{source!r} holds no rows, so there is nothing to load."
-    shapes = "\n".join(f"  {spec.columns}" for spec in FORMATS.values())
-    lines = problem_lines(source, problems, limit=3)
-    missing = _missing_column(columns, problems)
+    what = f"{source!r} has no usable row among {len(problems):,}."
+    missing = " and ".join(_missing_columns(columns, problems))
     if missing:
         found = ", ".join(map(repr, columns[:20])) + (", …" if len(columns) > 20 else "")
-        what = f"{source!r} has no column {missing!r}; it has {found}. So no row is a preference pair."
-    else:
-        what = f"{source!r} has no usable row among {len(problems):,}."
-    return f"{what}\n{lines}\nRename columns or mend rows so that they have one of these shapes:\n{shapes}"
+        what = f"{source!r} has no column {missing}, so no row is a pair. Columns found: {found}."
+    return "\n".join(
+        [
+            what,
+            problem_lines(source, problems, limit=3),
+            "Rename columns or mend rows so that they have one of these shapes:",
+            *(f"  {spec.columns}" for spec in FORMATS.values()),
+        ]
+    )
 
 
-def _missing_column(columns: list[str], problems: list[Problem]) -> str:
-    """The column without which no row can be a pair, "" where that is not the trouble."""
-    for column in ("chosen", "rejected"):
-        if columns and column not in columns:
-            return column
-    prompted = "prompt" in columns or any(problem.field != "prompt" for problem in problems)
-    return "" if prompted else "prompt"
+def _missing_columns(columns: list[str], problems: list[Problem]) -> list[str]:
+    """The columns without which no row can be a pair."""
+    if not columns:
+        return []
+    missing = [repr(column) for column in ("chosen", "rejected") if column not in columns]
+    asked = any(problem.field == "prompt" for problem in problems)
+    return missing or (["'prompt'"] if asked and "prompt" not in columns else [])
 
 
 # --- Split by prompt --------------------------------------------------------------------------
@@ -98,9 +113,10 @@ def split_pairs(
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """Split into train and held-out pairs, all pairs of one prompt on the same side.
 
-    Prompts are ranked by a hash of the seed and their text, so the same prompts are held out on every machine
-    and in whatever order the rows come. From the top of the ranking prompts are taken until some of them hold
-    exactly the wanted number of pairs; if none ever do, the nearest number is taken (the smaller of two).
+    Prompts are ranked by a hash of the seed and their text, so the same ones are held out on every
+    machine and in whatever order the rows come. From the top of the ranking prompts are looked at
+    until some of them hold exactly the wanted number of pairs; if none ever do, those that come
+    nearest are taken (of two equally near, the fewer).
 
     Args:
         pairs: all pairs.
@@ -115,8 +131,8 @@ def split_pairs(
     """
     if not 0 <= heldout_fraction < 1:
         raise DataError(
-            f"A held-out fraction of {heldout_fraction} leaves no training pairs or makes no sense. "
-            "Choose one from 0 up to, but not including, 1."
+            f"The held-out fraction is {heldout_fraction}, which leaves no pairs to train on or is "
+            "no share at all. Choose one from 0 up to, but not including, 1."
         )
     if heldout_fraction == 0:
         return list(pairs), []
@@ -140,13 +156,14 @@ def split_pairs(
 def _nearest_sum(sizes: list[int], wanted: float) -> list[int]:
     """Which of `sizes`, taken from the front, add up nearest to `wanted`, but to neither 0 nor all.
 
-    `reached` is a set of sums as the bits of one integer (bit s: some of the sizes so far add up to s), and
-    `last[s]` the size that first made s possible. The naive equivalent tries every subset.
+    `reached` is a set of sums as the bits of one integer (bit s: some sizes so far add up to s),
+    and `last[s]` the index that first made s possible. The naive equivalent tries every subset.
     """
     total = sum(sizes)
     goal = min(max(round(wanted), 1), total - 1)
     within = (1 << min(total, goal + max(sizes) + 1)) - 1
-    reached, last = 1, {}
+    reached = 1
+    last: dict[int, int] = {}
     for index, size in enumerate(sizes):
         new = (reached << size) & within & ~reached
         reached |= new
@@ -168,7 +185,7 @@ def _nearest_sum(sizes: list[int], wanted: float) -> list[int]:
 
 
 def data_fingerprint(pairs: Iterable[PreferencePair]) -> str:
-    """SHA-256, in hex, of every pair's prompt, chosen and rejected, in order; not of lines and scores."""
+    """SHA-256, in hex, of all prompts, chosen and rejected, in order; not of lines and scores."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(_prompt_bytes(pair.prompt) + _sized(pair.chosen) + _sized(pair.rejected))

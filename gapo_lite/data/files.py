@@ -1,8 +1,8 @@
 """Files: .jsonl, .json, .csv, .tsv and .parquet, each also as .gz → numbered rows.
 
-What is wrong with one row becomes a `Problem` with its line; what is wrong with the file as a whole is a
-`DataError`. Not read by `datasets.load_dataset`, which gives no line numbers, turns "NA" into None and an empty
-file into StopIteration. `pyarrow` is imported by the first .parquet file.
+What is wrong with one row becomes a `Problem` with its line; what is wrong with the file as a
+whole is a `DataError`. Not read by `datasets.load_dataset`, which gives no line numbers, turns
+"NA" into None and an empty file into StopIteration. `pyarrow` is imported by the first .parquet.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gapo_lite.data.messages import MESSAGE_KEYS, called
-from gapo_lite.data.formats import COLUMNS, Row
+from gapo_lite.data.formats import COLUMNS
+from gapo_lite.data.messages import MESSAGE_KEYS, Row, called
 from gapo_lite.errors import DataError
 from gapo_lite.types import Problem
 
@@ -38,25 +38,29 @@ class Table(NamedTuple):
 BATCH_ROWS = 1000
 UTF16_MARKS = [b"\xff\xfe", b"\xfe\xff"]
 BLANK = b" \t\r\n\xef\xbb\xbf"
-PYTHON_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value)'""")
-
-
-# --- Files ------------------------------------------------------------------------------------
-
-
-def _reader(path: Path) -> Callable[[Any, str], Table]:
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    if suffix not in READERS:
-        ending = f"its name ends with {suffix!r}" if suffix else "its name has no ending"
-        raise DataError(f"{str(path)!r} is no file of a known kind: {ending}. {known_sources()}")
-    return READERS[suffix]
+PYTHON_MESSAGES = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)'")
 
 
 @contextmanager
-def _open_file(path: Path) -> Iterator[Any]:
-    """The bytes of a file, unzipped; what goes wrong while they are read is named as the file's fault."""
-    if not path.is_file():
-        raise DataError(f"{str(path)!r} is no ordinary file, so it is not read. {known_sources()}")
+def open_table(path: Path) -> Iterator[Table]:
+    """Open a file by its ending.
+
+    Raises:
+        DataError: it is no ordinary file of a known kind, or empty, unreadable or damaged.
+    """
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix not in READERS or not path.is_file():
+        raise DataError(
+            f"{str(path)!r} is no file of a kind that can be read. "
+            f"Its name should end with {', '.join(READERS)}, or one of these and .gz."
+        )
+    with _open_bytes(path) as stream:
+        yield READERS[suffix](stream, str(path))
+
+
+@contextmanager
+def _open_bytes(path: Path) -> Iterator[Any]:
+    """The bytes of a file, unzipped; what goes wrong while they are read is the file's fault."""
     zipped = path.suffix.lower() == ".gz"
     try:
         with gzip.open(path) if zipped else path.open("rb") as stream:
@@ -76,6 +80,9 @@ def _open_file(path: Path) -> Iterator[Any]:
             f"{str(path)!r} can't be read ({error.strerror or error}). "
             "Check the file and its permissions."
         ) from error
+
+
+# --- JSON -------------------------------------------------------------------------------------
 
 
 def _parse_json(raw: bytes) -> Any:
@@ -107,7 +114,7 @@ def _read_jsonl(stream: Iterable[bytes], name: str) -> Table:
 
 def _jsonl_row(line: int, raw: bytes) -> NumberedRow:
     try:
-        return _object(line, _parse_json(raw))
+        return _object(line, _parse_json(raw.rstrip(b"\r\n")))
     except ValueError as error:
         return Problem(line, "", f"the line is {error}")
 
@@ -150,8 +157,11 @@ def _column_records(columns: dict[str, Any]) -> Iterable[Row]:
             raise ValueError(f"one object, whose {column!r} is {called(values)}, not a list")
     lengths = {column: len(values) for column, values in columns.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"an object of column lists that differ in length ({lengths})")
+        raise ValueError(f"an object of column lists that differ in length ({str(lengths)[:200]})")
     return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+
+# --- CSV --------------------------------------------------------------------------------------
 
 
 def _read_csv(stream: io.BufferedIOBase, name: str) -> Table:
@@ -163,16 +173,15 @@ def _read_tsv(stream: io.BufferedIOBase, name: str) -> Table:
 
 
 def _csv_rows(stream: Any, name: str, delimiter: str) -> Iterator[NumberedRow]:
-    """Records under a header row. Bytes that are no UTF-8 become lone surrogates, which no row may hold."""
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    """Records under a header; bytes that aren't UTF-8 become surrogates, which no pair may hold."""
     limit = csv.field_size_limit(sys.maxsize)  # the process's setting; 128 KiB would be too little
     try:
-        records = _csv_records(csv.reader(text, delimiter=delimiter, strict=True))
-        header = next(records, None)
-        if isinstance(header, Problem):
-            raise DataError(f"{name!r} has no usable header row: {header.reason}. Mend line 1.")
-        for record in records:
-            yield record if isinstance(record, Problem) else _csv_row(header[1], *record)
+        with io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as text:
+            records = _csv_records(csv.reader(text, delimiter=delimiter, strict=True))
+            header = next(records, None)
+            columns = _header_columns(header, name) if header else []
+            for record in records:
+                yield record if isinstance(record, Problem) else _csv_row(columns, *record)
     finally:
         csv.field_size_limit(limit)
 
@@ -186,18 +195,35 @@ def _csv_records(reader: Any) -> Iterator[tuple[int, list[str]] | Problem]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield Problem(line, "", f"the record is not valid CSV ({error}): check its quotes")
+            extent = (
+                "" if reader.line_num == line else f", which reaches to line {reader.line_num},"
+            )
+            reason = f"the record{extent} is not valid CSV ({error}): check its quotes"
+            yield Problem(line, "", reason)
             continue
         if cells:
             yield line, cells
 
 
-def _csv_row(header: list[str], line: int, cells: list[str]) -> NumberedRow:
-    if any(cells[len(header) :]):
-        reason = f"the record has {len(cells)} cells under {len(header)} columns: check its quotes"
+def _header_columns(header: tuple[int, list[str]] | Problem, name: str) -> list[str]:
+    if isinstance(header, Problem):
+        raise DataError(f"{name!r} has no usable header row: line {header.line}: {header.reason}.")
+    line, columns = header
+    twice = [column for column in COLUMNS if columns.count(column) > 1]
+    if twice:
+        raise DataError(
+            f"{name!r} has more than one column {twice[0]!r} (line {line}), so it is not clear "
+            "which one is meant. Rename or remove the others."
+        )
+    return columns
+
+
+def _csv_row(columns: list[str], line: int, cells: list[str]) -> NumberedRow:
+    if any(cells[len(columns) :]):
+        reason = f"the record has {len(cells)} cells under {len(columns)} columns: check its quotes"
         return Problem(line, "", reason)
     row: Row = {}
-    for column, cell in zip(header, cells, strict=False):
+    for column, cell in zip(columns, cells, strict=False):
         if column in COLUMNS and PYTHON_MESSAGES.match(cell):
             reason = "holds messages as Python prints them, not as JSON: save the data as .jsonl"
             return Problem(line, column, reason)
@@ -213,21 +239,27 @@ def _cell(column: str, cell: str) -> Any:
         value = json.loads(cell)
     except (ValueError, RecursionError):
         return cell
+    if column.startswith("all_"):
+        return value
     messages = value if isinstance(value, list) else [value]
-    return value if column.startswith("all_") or all(map(_is_message, messages)) else cell
+    return value if messages and all(map(_is_message, messages)) else cell
 
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and any(set(keys) <= set(value) for keys in MESSAGE_KEYS)
 
 
+# --- Parquet ----------------------------------------------------------------------------------
+
+
 def _read_parquet(stream: Any, name: str) -> Table:
     import pyarrow
     import pyarrow.parquet
 
+    zipped = isinstance(stream, gzip.GzipFile)  # which cannot seek without unzipping again
+    data = io.BytesIO(stream.read()) if zipped else stream
     try:
-        zipped = isinstance(stream, gzip.GzipFile)  # which cannot seek without unzipping again
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(stream.read()) if zipped else stream)
+        file = pyarrow.parquet.ParquetFile(data)
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged_parquet(name, error) from error
     return Table(file.schema_arrow.names, _parquet_rows(file, name))
@@ -236,19 +268,20 @@ def _read_parquet(stream: Any, name: str) -> Table:
 def _parquet_rows(file: Any, name: str) -> Iterator[NumberedRow]:
     import pyarrow
 
-    columns = _wanted(file.schema_arrow.names)
-    line = 0
+    batches = file.iter_batches(BATCH_ROWS, columns=wanted_columns(file.schema_arrow.names))
+    rows = (row for batch in batches for row in _batch_rows(batch))
     try:
-        for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-            for row in _batch_rows(batch):
-                line += 1
-                yield (line, row) if row is not None else Problem(line, "", "is not valid UTF-8")
+        for line, row in enumerate(rows, start=1):
+            if row is None:
+                yield Problem(line, "", "the row is not valid UTF-8")
+            else:
+                yield line, row
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged_parquet(name, error) from error
 
 
 def _batch_rows(batch: Any) -> Iterable[Row | None]:
-    """The rows of a batch, None for one whose text is not UTF-8 (Arrow does not check when it reads)."""
+    """The rows of a batch, None for one whose text is no UTF-8, which Arrow does not check."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
@@ -261,8 +294,8 @@ def _damaged_parquet(name: str, error: Exception) -> DataError:
     return DataError(f"{name!r} can't be read as Parquet ({error}). Copy or write it again.")
 
 
-def _wanted(columns: list[str]) -> list[str]:
-    """Only what is read need be decoded; without any of it, all columns, so that rows still count."""
+def wanted_columns(columns: list[str]) -> list[str]:
+    """Only what is read need be decoded; without any of it all, so that rows still count."""
     return [column for column in columns if column in COLUMNS] or columns
 
 
@@ -273,5 +306,3 @@ READERS: dict[str, Callable[[Any, str], Table]] = {
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
 }
-
-

@@ -1,8 +1,8 @@
 """Formats: one row of a source → one PreferencePair, whatever shape the row has.
 
-Each row is recognised by itself, so that a file put together from several sources loads whole. A column whose
-value is null counts as absent. Texts are kept exactly as they are, but for Anthropic's dialogues
-(`messages.read_dialogue`).
+Each row is recognised by itself, so that a file put together from several sources loads whole. A
+column whose value is null counts as absent. Texts are kept exactly as they are, but for Anthropic's
+dialogues (`messages.read_dialogue`).
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _is_anthropic_hh(row: Row) -> bool:
 
 
 def _parse_text_prompt(row: Row) -> Parts:
-    """Messages before the response, when more than the single question, are the real conversation."""
+    """Messages before the response, if more than the question alone, are the conversation."""
     turns, chosen, rejected = read_responses(row)
     roles = [turn["role"] for turn in turns]
     asked = {"role": "user", "content": row["prompt"]}

@@ -1,6 +1,6 @@
 """Messages: the values in a row's columns → chat turns and response texts, checked.
 
-A message is {"role", "content"} or ShareGPT's {"from", "value"}. Texts are kept exactly as they are.
+A message is {"role", "content"} or ShareGPT's {"from", "value"}. Texts are kept as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 class BadRowError(Exception):
-    """A row that cannot be a pair; becomes a `Problem` with its line and never leaves the package."""
+    """A row that cannot be a pair; becomes a `Problem` and never leaves the package."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(field, reason)
@@ -89,16 +89,19 @@ def _read_message(item: Any, field: str, number: int) -> Message:
         if role is None:
             continue
         if not isinstance(role, str) or role not in ROLES:
-            reason = f"message {number} has the role {_short(role)}; known are {', '.join(ROLES)}"
+            found = ascii(role[:40]) if isinstance(role, str) else called(role)
+            reason = f"message {number} has the role {found}; known are {', '.join(ROLES)}"
             raise BadRowError(field, reason)
         if not isinstance(text, str):
-            raise BadRowError(field, f"the {text_key} of message {number} is {called(text)}, not text")
+            raise BadRowError(
+                field, f"the {text_key} of message {number} is {called(text)}, not text"
+            )
         return {"role": ROLES[role], "content": text}
     raise BadRowError(field, f"message {number} has no role (role/content or from/value)")
 
 
 def read_dialogue(row: Row, field: str) -> list[Message]:
-    """Anthropic's "\\n\\nHuman: … \\n\\nAssistant: …". Turns are stripped: the blanks are the format's.
+    """Anthropic's "\\n\\nHuman: … \\n\\nAssistant: …"; the blanks around a turn are the format's.
 
     Raises:
         BadRowError: the column holds no such dialogue.
@@ -168,8 +171,3 @@ def called(value: Any) -> str:
         return "true or false"
     names = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number"}
     return names.get(type(value), f"of type {type(value).__name__}")
-
-
-def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"

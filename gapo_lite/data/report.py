@@ -1,4 +1,4 @@
-"""Report: what a source held and what was wrong with it, in words for a person. Nothing is printed here."""
+"""Report: what a source held and what was wrong with it, in words for a person; prints nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def describe_counts(loaded: LoadedPairs) -> str:
 
 
 def describe_problems(loaded: LoadedPairs, limit: int = 5) -> str:
-    """The first `limit` unusable rows, one a line, and how many more there are; "" if all are usable."""
+    """The first unusable rows, one a line, and how many more there are; "" if all are usable."""
     return problem_lines(loaded.source, loaded.problems, limit)
 
 

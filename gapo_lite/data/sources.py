@@ -1,34 +1,27 @@
 """Sources: a file, a `datasets` folder, an embedded name or a Hub id → numbered rows.
 
-Local files are read here and not by `datasets.load_dataset`, which gives no line numbers, turns "NA" into None
-and an empty file into StopIteration. What is wrong with one row becomes a `Problem`; what is wrong with the
-source as a whole is a `DataError`. `pyarrow` and `datasets` are imported by the sources that need them.
+`datasets` is imported by folders and the Hub only.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
-import gzip
-import io
-import json
 import re
-import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-from gapo_lite.data.formats import COLUMNS, MESSAGE_KEYS, Row, called
+from gapo_lite.data.files import BATCH_ROWS, READERS, Table, open_table, wanted_columns
+from gapo_lite.data.messages import Row
 from gapo_lite.embedded import EMBEDDED_DATA, embedded_data_path
 from gapo_lite.errors import DataError
-from gapo_lite.types import Problem
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 HUB_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+
 
 @contextmanager
 def open_source(source: str | Path, split: str) -> Iterator[Table]:
@@ -47,9 +40,8 @@ def open_source(source: str | Path, split: str) -> Iterator[Table]:
     elif path.is_dir():
         yield _folder_table(path, split)
     else:
-        read = _reader(path)
-        with _open_file(path) as stream:
-            yield read(stream, str(path))
+        with open_table(path) as table:
+            yield table
 
 
 # --- Which source a name means ----------------------------------------------------------------
@@ -76,7 +68,7 @@ def _exists(path: Path) -> bool:
 
 
 def _is_hub_id(name: str) -> bool:
-    """`owner/name` and nothing else: no builder of `datasets`, URL, script, bucket, mistyped file."""
+    """`owner/name` and nothing else: no builder of `datasets`, script, bucket or mistyped file."""
     if not HUB_ID.fullmatch(name) or ".." in name or "--" in name or name.startswith("buckets/"):
         return False
     return Path(name).suffix.lower() not in {*READERS, ".gz", ".py", ".git"}
@@ -88,23 +80,26 @@ def _not_found(name: str, path: Path) -> str:
             f"{name!r} is an address, and data is not loaded from addresses. "
             "Download the file and name its path, or give a Hub id of the form owner/name."
         )
-    similar = " or ".join(map(repr, _similar_files(path)))
     return (
-        f"{name!r} is neither a file or folder here nor a Hub id of the form owner/name, so there "
-        f"is nothing to load. {f'Did you mean {similar}?' if similar else known_sources()}"
+        f"{name[:200]!r} is neither a file or folder here nor a Hub id of the form owner/name, so "
+        f"there is nothing to load. {_did_you_mean(path) or _known_sources()}"
     )
 
 
-def _similar_files(path: Path) -> list[str]:
+def _did_you_mean(path: Path) -> str:
+    names = [entry.name for entry in _entries(path.parent)]
+    near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, names)]
+    return f"Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _entries(folder: Path) -> list[Path]:
     try:
-        names = [entry.name for entry in path.parent.iterdir()]
-    except (OSError, ValueError):
+        return list(folder.iterdir())
+    except (OSError, ValueError):  # it isn't there either, or is closed to us
         return []
-    return [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, names)]
 
 
-def known_sources() -> str:
-    """What may be named as a source, for a message."""
+def _known_sources() -> str:
     return (
         f"Name a file ({' '.join(READERS)}, also with .gz), a folder written by save_to_disk, "
         f"a Hub id of the form owner/name, or one of {', '.join(EMBEDDED_DATA)}."
@@ -129,16 +124,16 @@ def _folder_table(path: Path, split: str) -> Table:
     if isinstance(data, datasets.Dataset):
         return _dataset_table(data)
     if split not in data:
+        found = ", ".join(map(repr, data))
         raise DataError(
-            f"{str(path)!r} has no split {split!r}, so nothing was loaded. "
-            f"It has: {', '.join(data)}."
+            f"{str(path)!r} has no split {split!r}. Choose one of those it has: {found}."
         )
     return _dataset_table(data[split])
 
 
 def _no_dataset(path: Path) -> str:
-    files = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in {*READERS, ".gz"})
-    remedy = f"Name one of its files, such as {files[0]!r}." if files else known_sources()
+    files = [file for file in _entries(path) if file.suffix.lower() in {*READERS, ".gz"}]
+    remedy = f"Name a file, such as {str(min(files))!r}." if files else _known_sources()
     return f"{str(path)!r} is a folder, but none that save_to_disk wrote. {remedy}"
 
 
@@ -149,9 +144,10 @@ def _hub_table(name: str, split: str) -> Table:
         data = datasets.load_dataset(name, split=split, trust_remote_code=False)
     except Exception as error:  # absent, gated, offline, no such split, a script: it says which
         raise DataError(
-            f"{name!r} is not here, and its split {split!r} can't be loaded from the Hub: "
-            f"{_one_line(error)}. If it is gated, accept its terms on its page and log in "
-            "(`hf auth login`); without a network, bring its files here and name one of them."
+            f"{name!r} is not a file or folder here, and its split {split!r} can't be loaded from "
+            f"the Hub: {_one_line(error)}. If it is gated, accept its "
+            "terms on its page and log in (`hf auth login`); without a network, bring its files "
+            f"here and name one of them. {_did_you_mean(Path(name))}".rstrip()
         ) from error
     return _dataset_table(data)
 
@@ -161,7 +157,7 @@ def _dataset_table(data: Dataset) -> Table:
 
 
 def _dataset_rows(data: Dataset) -> Iterator[Row]:
-    plain = data.select_columns(_wanted(data.column_names)).with_format(None)
+    plain = data.select_columns(wanted_columns(data.column_names)).with_format(None)
     for batch in plain.iter(BATCH_ROWS):
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))

@@ -1,0 +1,295 @@
+"""The run folder: everything that is known of a training run, for its process to write and for others to read.
+
+    runs/<name>/
+      config.yaml        the resolved configuration
+      environment.json   versions, hardware, data fingerprint
+      margins.json       mean gap, floor count, histograms
+      status.json        state, pid, step, total, heartbeat
+      metrics.jsonl      one object a logged step; evaluation keys begin with eval/
+      samples.jsonl      answers to the fixed prompts
+      train.log          what was said
+      checkpoints/       see checkpoints.py
+      adapter/           what peft loads
+
+Whether a run is alive is a lock on `.lock`, held by its process and released by the system when that ends: no pid or
+flag can be stale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gapo_lite.checkpoints import list_checkpoints, verify_checkpoint
+from gapo_lite.config import RunConfig, load_config
+from gapo_lite.errors import RunError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+ACTIVE_STATES = ("starting", "running")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the finished adapter."""
+        return self.path / "adapter"
+
+    def config(self) -> RunConfig:
+        """The run's resolved configuration."""
+        return load_config(self.path / "config.yaml")
+
+    # -- read side --
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder; empty where it is not there (yet)."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            raise RunError(f"{self.path / name} is damaged: it is not JSON.") from None
+
+    def state(self) -> str:
+        """starting, running, stopped, finished, failed, or interrupted (its process is gone without a word)."""
+        state = str(self.read("status.json").get("state", "starting"))
+        return "interrupted" if state in ACTIVE_STATES and not self.is_locked() else state
+
+    def is_locked(self) -> bool:
+        """Whether a process is training in this folder now."""
+        try:
+            with _locked(self.path / ".lock", create=False):
+                return False
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows logged so far; an unterminated last line is one being written, and is left out."""
+        return read_jsonl(self.path / "metrics.jsonl")
+
+    def trained_adapter(self) -> Path:
+        """The adapter to use: the finished one, else the newest valid checkpoint's.
+
+        Raises:
+            RunError: nothing has been saved yet.
+        """
+        if (self.adapter / "adapter_config.json").is_file():
+            return self.adapter
+        for _, path in reversed(list_checkpoints(self.checkpoints)):
+            if not verify_checkpoint(path):
+                return path
+        raise RunError(f"the run {self.name} has saved no adapter yet (state: {self.state()}).")
+
+    # -- write side --
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Replaces a JSON file of the folder in one step."""
+        _replace_text(self.path / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """Adds a line to a .jsonl file in one system call, so that a reader sees all of it or none.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        descriptor = os.open(self.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            with telling_disk_errors(self.path / name):
+                if os.write(descriptor, line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+
+    def forget_after(self, step: int) -> None:
+        """Drops what was logged and sampled after `step`: the run goes on from there."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.path / name
+            if path.is_file():
+                rows = [row for row in read_jsonl(path) if row["step"] <= step]
+                _replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder for this process.
+
+        Raises:
+            RunError: another process trains in it.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(_locked(self.path / ".lock"))
+            except BlockingIOError:
+                pid = self.read("status.json").get("pid")
+                raise RunError(
+                    f"the run {self.name} is being trained by another process (pid {pid}). Wait for it or stop it."
+                ) from None
+            yield
+
+
+def create_run(runs_dir: Path, name: str | None, default: str) -> Run:
+    """A new, empty run folder.
+
+    Args:
+        runs_dir: folder of all runs; made where it is missing.
+        name: what a person asked for, or None for `default`, `default-2`, …
+        default: used where no name is given; characters that a name cannot have become "-".
+
+    Raises:
+        RunError: the name has a path or odd characters in it, or is in use, or the folder cannot be made.
+    """
+    with telling_disk_errors(runs_dir):
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        if name is not None:
+            return _made(runs_dir, name)
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", default).strip("-._")[:80] or "run"
+        for number in range(1, 100_000):
+            with contextlib.suppress(FileExistsError):
+                run = Run(runs_dir / (stem if number == 1 else f"{stem}-{number}"))
+                run.path.mkdir()
+                return run
+    raise RunError(f"{runs_dir} holds too many runs named {stem}-<number>: give a name.")
+
+
+def open_run(name: str | Path, runs_dir: Path) -> Run:
+    """An existing run, by its name in `runs_dir` or by its folder's path.
+
+    Raises:
+        RunError: there is no such run.
+    """
+    for path in (runs_dir / name, Path(name)):
+        if (path / "config.yaml").is_file():
+            return Run(path)
+    known = [run.name for run in list_runs(runs_dir)]
+    hint = f"Runs in {runs_dir}: {', '.join(known[-8:])}." if known else f"{runs_dir} holds no runs yet."
+    raise RunError(f"there is no run {str(name)!r}. {hint}")
+
+
+def list_runs(runs_dir: Path) -> list[Run]:
+    """All runs of a folder, oldest first."""
+    found = [path.parent for path in runs_dir.glob("*/config.yaml")]
+    return [Run(path) for path in sorted(found, key=lambda p: ((p / "config.yaml").stat().st_mtime, p.name))]
+
+
+def remove_run(run: Run) -> None:
+    """Removes a run's folder and all in it."""
+    shutil.rmtree(run.path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def device_lease(device_id: str) -> Iterator[None]:
+    """Holds a GPU for one training on this machine; `device_id` is the GPU's own (UUID).
+
+    Raises:
+        RunError: another training holds it.
+    """
+    path = Path(tempfile.gettempdir()) / f"gapo-lite-{re.sub(r'[^A-Za-z0-9-]', '-', device_id)}.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_locked(path, mode=0o666))
+        except BlockingIOError:
+            raise RunError(
+                f"another training already uses this GPU ({device_id}; lock {path}). Two would slow or break each "
+                "other: wait for it, stop it, or choose another GPU with CUDA_VISIBLE_DEVICES."
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def telling_disk_errors(place: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into a message.
+
+    Raises:
+        RunError: the disk is full, read-only or not this user's.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise RunError(
+            f"cannot write {place}: {os.strerror(error.errno)}. What was saved before is untouched: make room (or "
+            "write elsewhere with --runs-dir), then go on with --resume."
+        ) from None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl file that is being appended to; nothing where it is not there yet."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+
+
+def now() -> float:
+    """Seconds since 1970, for heartbeats."""
+    return round(time.time(), 3)
+
+
+def _made(runs_dir: Path, name: str) -> Run:
+    if not _NAME.fullmatch(name):
+        raise RunError(
+            f"{name!r} cannot be a run's name: use letters, digits, '.', '_' and '-' (at most 100, no path). "
+            "--runs-dir says where runs lie."
+        )
+    try:
+        (runs_dir / name).mkdir()
+    except FileExistsError:
+        raise RunError(
+            f"the run name {name!r} is in use ({runs_dir / name}). Choose another, or go on with it: --resume {name}."
+        ) from None
+    return Run(runs_dir / name)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    with telling_disk_errors(path):
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, create: bool = True, mode: int = 0o644) -> Iterator[None]:
+    """An exclusive flock, or BlockingIOError at once."""
+    flags = os.O_RDWR | (os.O_CREAT if create else 0)
+    descriptor = os.open(path, flags, mode)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

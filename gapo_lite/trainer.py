@@ -1,0 +1,329 @@
+"""GapoTrainer: a thin `transformers.Trainer` for preference pairs.
+
+It keeps the stock loop (schedule, accumulation, clipping, callbacks, accelerate) and replaces what that gets wrong for
+this job: the loss is a mean over pairs whatever the micro-batches, metrics are counted over pairs and survive a resume,
+checkpoints are whole or absent, a NaN stops before the weights change, and running out of memory splits the micro-batch.
+`training.py` has `train()`, which prepares everything from a config and runs it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from torch import distributed
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from gapo_lite.batching import pack, pad
+from gapo_lite.checkpoints import commit_checkpoint, stage_path
+from gapo_lite.errors import RunError
+from gapo_lite.evaluate import Collate, LossFn, PairScores, pair_scores, score_heldout, summarize
+from gapo_lite.model import forward_logps
+from gapo_lite.objectives import OBJECTIVES
+from gapo_lite.runs import Run, telling_disk_errors
+from gapo_lite.training_state import (
+    load_optimizer,
+    load_random_states,
+    save_optimizer,
+    save_random_states,
+)
+from gapo_lite.types import LossOutput, PairBatch, PairLogps, TokenizedPair
+
+logger = logging.getLogger(__name__)
+
+MEANS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "margin/mean",
+)
+"""What is averaged over the pairs between two logged steps."""
+
+
+class GapoTrainer(Trainer):
+    """Trains a LoRA policy on tokenised pairs.
+
+    Args:
+        model: the policy, from `model.add_adapter`.
+        args: the stock arguments; `per_device_train_batch_size` counts pairs.
+        train_pairs: what to learn from, with their target margins.
+        heldout_pairs: what to evaluate on; may be empty.
+        objective: a key of OBJECTIVES.
+        beta: β.
+        margin_scale: see `objectives.gapo_loss`.
+        layout: "packed" or "padded".
+        pad_id: token that fills padded rows.
+        run: folder that metrics and checkpoints go to; without one nothing is written.
+        keep_checkpoints: how many are kept.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: TrainingArguments,
+        train_pairs: Sequence[TokenizedPair],
+        heldout_pairs: Sequence[TokenizedPair] = (),
+        *,
+        objective: str = "gapo",
+        beta: float = 10.0,
+        margin_scale: str = "beta",
+        layout: str = "packed",
+        pad_id: int = 0,
+        run: Run | None = None,
+        keep_checkpoints: int = 2,
+        **kwargs: Any,
+    ):
+        self.run = run
+        self.keep_checkpoints = keep_checkpoints
+        self.heldout_pairs = list(heldout_pairs)
+        self.splits = 1  # micro-batches are cut into so many parts since memory ran out
+        self.loss_fn: LossFn = partial(OBJECTIVES[objective].fn, beta=beta, margin_scale=margin_scale)
+        self.collate: Collate = pack if layout == "packed" else partial(pad, pad_id=pad_id)
+        self._step_pairs: list[list[TokenizedPair]] = []  # micro-batches of the step under way
+        self._step_sums = torch.zeros(len(MEANS) + 2, dtype=torch.float64, device=args.device)
+        self._window_sums = self._step_sums.clone()  # since the last logged step: MEANS, pairs, tokens
+        self._window_start = self._started = time.perf_counter()
+        self._seconds_before = 0.0  # of this run, in earlier processes
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_pairs,
+            eval_dataset=self.heldout_pairs or None,
+            data_collator=list,  # splitting a micro-batch needs the pairs; training_step collates
+            **kwargs,
+        )
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.model_accepts_loss_kwargs = True  # this loss divides by the pairs of the whole step by itself
+
+    # -- one step --
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
+        """Pairs of the optimizer step, over all processes."""
+        self._window_sums += self._step_sums
+        self._step_sums.zero_()
+        self._step_pairs = []
+        pairs = sum(len(batch) for batch in batch_samples)
+        if self.args.world_size == 1:
+            return pairs
+        total = torch.tensor(pairs, device=device)
+        distributed.all_reduce(total)
+        return int(total)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: list[TokenizedPair], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch; if memory runs out, of this step's so far, in halves."""
+        self.model.train()
+        self._step_pairs.append(inputs)
+        try:
+            loss = self._forward_backward(inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            oom = str(error)
+        else:
+            self._average_over_processes()
+            return loss
+        return self._redo_in_halves(num_items_in_batch, oom)
+
+    def _forward_backward(self, pairs: list[TokenizedPair], num_pairs: int) -> torch.Tensor:
+        total = torch.zeros((), device=self.args.device)
+        size = math.ceil(len(pairs) / self.splits)
+        for start in range(0, len(pairs), size):
+            batch = self.collate(pairs[start : start + size]).to(self.args.device)
+            logps = forward_logps(self.model, batch)
+            output = self.loss_fn(logps, batch.margin)
+            loss = output.losses.sum() / num_pairs  # mean over the pairs of the whole step
+            loss.backward()
+            self._step_sums += _sums(batch, logps, output)
+            total += loss.detach()
+        return total
+
+    def _redo_in_halves(self, num_pairs: int, oom: str) -> torch.Tensor:
+        """Starts the optimizer step again with smaller forward passes (a broken one may have left part gradients)."""
+        largest = max(len(batch) for batch in self._step_pairs)
+        if self.splits >= largest or self.args.world_size > 1:
+            hint = "lower data.max_length" if self.splits >= largest else "lower training.micro_batch_size"
+            raise RunError(
+                f"out of memory at step {self.state.global_step + 1} with {math.ceil(largest / self.splits)} pair(s) a "
+                f"forward pass: {hint}, or turn on training.gradient_checkpointing. ({oom[:200]})"
+            )
+        self.splits *= 2
+        size = math.ceil(self.args.per_device_train_batch_size / self.splits)
+        logger.warning(
+            "Out of memory: going on with micro-batches of %d pair(s) and %d accumulation steps (the same effective "
+            "batch; set training.micro_batch_size to %d next time).",
+            size,
+            self.args.gradient_accumulation_steps * self.splits,
+            size,
+        )
+        self.model.zero_grad()
+        self._step_sums.zero_()
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+        batches, self._step_pairs = self._step_pairs, []
+        losses = [self.training_step(self.model, batch, num_pairs) for batch in batches]
+        return losses[-1]
+
+    def _average_over_processes(self) -> None:
+        """Sums the gradients of all processes once a step (the loss is a share of the whole step's mean already)."""
+        if self.args.world_size > 1 and self.accelerator.sync_gradients:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and parameter.grad is not None:
+                    distributed.all_reduce(parameter.grad)
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        """Clips, and stops at a NaN before the optimizer spreads it over the weights."""
+        norm = super()._clip_grad_norm(model)
+        if not math.isfinite(norm):
+            raise RunError(
+                f"the gradient norm is {float(norm)} at step {self.state.global_step + 1}; stopped before the weights "
+                "changed. Lower training.learning_rate or objective.beta, or use model.precision: float32; then start "
+                "again, or resume from the last checkpoint."
+            )
+        return norm
+
+    # -- what is recorded --
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Replaces the stock averages by means over pairs, and writes the row."""
+        if "grad_norm" in logs:  # a logged training step, not the closing summary
+            *sums, pairs, tokens = self._window_total().tolist()
+            means = {name: value / pairs for name, value in zip(MEANS, sums, strict=True)}
+            logs = {**logs, **means, **self._speed(pairs, tokens)}
+            self._restart_window()
+        elif not any(key.startswith("eval/") for key in logs):
+            return
+        super().log(logs, start_time)
+        self.state.log_history.clear()  # metrics.jsonl has it; kept here, it would grow every checkpoint
+        if self.run and self.is_world_process_zero():
+            self.run.append("metrics.jsonl", {"step": self.state.global_step, **logs})
+
+    def _window_total(self) -> torch.Tensor:
+        """(len(MEANS) + 2,) sums since the last logged step, over all processes."""
+        total = self._window_sums + self._step_sums
+        if self.args.world_size > 1:
+            distributed.all_reduce(total)
+        return total
+
+    def _speed(self, pairs: float, tokens: float) -> dict[str, float]:
+        seconds = time.perf_counter() - self._window_start
+        return {
+            "tokens_per_second": round(tokens / seconds, 1),
+            "pairs_per_second": round(pairs / seconds, 3),
+            "memory_gib": round(peak_memory_gib(), 3),
+            "elapsed_s": round(self.elapsed_seconds(), 1),
+        }
+
+    def _restart_window(self) -> None:
+        self._window_sums.zero_()
+        self._step_sums.zero_()
+        self._window_start = time.perf_counter()
+
+    def elapsed_seconds(self) -> float:
+        """Wall-clock seconds of the run so far, earlier processes included."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Logs the held-out pairs' metrics, prefixed `eval/`; nothing where none are held out."""
+        if not self.heldout_pairs:
+            return {}
+        began = time.perf_counter()
+        scores = self.heldout_scores()
+        metrics = {f"eval/{name}": value for name, value in summarize(scores).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._window_start += time.perf_counter() - began  # the pause is not training
+        return metrics
+
+    def heldout_scores(self) -> PairScores:
+        """Scores of the held-out pairs as the model is now."""
+        return score_heldout(
+            self.model,
+            self.heldout_pairs,
+            self.loss_fn,
+            self.collate,
+            batch_size=self.args.per_device_eval_batch_size,
+            device=self.args.device,
+        )
+
+    # -- checkpoints --
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes a whole checkpoint or none; see checkpoints.py."""
+        if not self.run:
+            return
+        began, step = time.perf_counter(), self.state.global_step
+        stage = stage_path(self.run.checkpoints, step)
+        total = self._window_total().tolist()
+        with telling_disk_errors(stage):
+            stage.mkdir(parents=True, exist_ok=True)
+            save_random_states(stage / f"random-{self.args.process_index}.json")
+            if self.is_world_process_zero():
+                self._save_shared_state(stage, total)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                commit_checkpoint(self.run.checkpoints, step, self.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+        self._window_start += time.perf_counter() - began
+
+    def _save_shared_state(self, stage: Path, window: list[float]) -> None:
+        self.model.save_pretrained(stage, save_embedding_layers=False)  # "auto" would ask the Hub
+        save_optimizer(stage, self.optimizer, self.lr_scheduler)
+        self.state.save_to_json(str(stage / "trainer_state.json"))
+        own = {"window": window, "splits": self.splits, "elapsed_s": self.elapsed_seconds()}
+        (stage / "gapo.json").write_text(json.dumps(own))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        result = set_peft_model_state_dict(self.model, weights)
+        if result.unexpected_keys:
+            raise RunError(f"the adapter in {folder} was made for another model: {result.unexpected_keys[:3]}.")
+        own = json.loads((folder / "gapo.json").read_text())
+        if self.is_world_process_zero():  # the saved window is the sum over processes
+            self._window_sums += torch.tensor(own["window"], dtype=torch.float64, device=self.args.device)
+        self.splits = own["splits"]
+        self._seconds_before = own["elapsed_s"]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_random_states(Path(checkpoint) / f"random-{self.args.process_index}.json")
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated here: benchmarks measure it."""
+        return 0
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process, in GiB: allocated on the GPU, or resident where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _sums(batch: PairBatch, logps: PairLogps, output: LossOutput) -> torch.Tensor:
+    """Sums of MEANS over a batch's pairs, then pairs and tokens; float64, without a device synchronisation."""
+    losses, chosen, rejected, chosen_logps, rejected_logps, margin = pair_scores(logps, output, batch.margin)
+    columns = (losses, chosen, rejected, chosen - rejected, (chosen > rejected).float())
+    columns += (chosen_logps, rejected_logps, margin, torch.ones_like(margin))
+    sums = torch.stack(columns).double().sum(dim=1)
+    return torch.cat((sums, sums.new_tensor([batch.num_tokens])))
