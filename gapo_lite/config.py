@@ -86,7 +86,7 @@ class DataConfig(_Section):
     heldout_source: str | None = Field(None, description="Where held-out pairs come from; none splits `source`.")
     heldout_split: str = Field("test", min_length=1, description="Split of `heldout_source`.")
     heldout_fraction: float = Field(
-        0.05, ge=0, lt=1, description="Share of prompts held out of `source` where there is no heldout_source."
+        0.05, ge=0, lt=1, description="Share of pairs held out of `source`, by whole prompts, where there is no heldout_source."
     )
     split_seed: int = Field(0, ge=0, lt=2**32, description="Seed of that split, apart from training.seed.")
     max_pairs: int | None = Field(None, ge=1, description="Use at most so many training pairs (the first).")

@@ -151,14 +151,14 @@ def load_base(
     with _loading(name):
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         already = _existing_quantization(name, config)
-        wanted = quantization == "nf4" and not already
+        quantize = quantization == "nf4" and not already
         model = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision,
             dtype=dtype,
             device_map={"": torch.device(device)},
-            quantization_config=_nf4(dtype) if wanted else None,
             trust_remote_code=False,
+            **({"quantization_config": _nf4(dtype)} if quantize else {}),
         )
     _keep_trainable_layout(model)
     model.requires_grad_(False)

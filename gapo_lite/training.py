@@ -156,11 +156,23 @@ def _load_and_split(config: RunConfig) -> tuple[LoadedPairs, list[PreferencePair
     if data.heldout_source:
         train_pairs = loaded.pairs
         heldout_pairs = load_pairs(data.heldout_source, split=data.heldout_split).pairs
+        _warn_of_shared_prompts(train_pairs, heldout_pairs)
     else:
         train_pairs, heldout_pairs = split_pairs(
             loaded.pairs, heldout_fraction=data.heldout_fraction, seed=data.split_seed
         )
     return loaded, train_pairs[: data.max_pairs], heldout_pairs
+
+
+def _warn_of_shared_prompts(train_pairs: list[PreferencePair], heldout_pairs: list[PreferencePair]) -> None:
+    trained = {str(pair.prompt) for pair in train_pairs}
+    shared = sum(str(pair.prompt) in trained for pair in heldout_pairs)
+    if shared:
+        logger.warning(
+            "%d of %d held-out pairs have a prompt that is also trained on: their scores flatter the model.",
+            shared,
+            len(heldout_pairs),
+        )
 
 
 def _score(config: RunConfig, pairs: list[PreferencePair], progress: Any) -> np.ndarray:

@@ -33,7 +33,35 @@ def real_rows() -> list[dict]:
     )
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test session scores into a cache of its own, never into the user's."""
-    monkeypatch.setenv("GAPO_LITE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+# Tests unpack the embedded model into a cache of the checkout's own, never into the user's.
+os.environ.setdefault("GAPO_LITE_CACHE", str(ROOT / ".pytest_cache" / "gapo-lite"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer Llama (float32) with the embedded model's tokenizer and chat template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from gapo_lite.model import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = load_tokenizer("embedded:smollm2-135m-instruct")
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

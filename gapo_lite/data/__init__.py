@@ -160,7 +160,7 @@ def _nearest_sum(sizes: list[int], wanted: float) -> list[int]:
     and `last[s]` the index that first made s possible. The naive equivalent tries every subset.
     """
     total = sum(sizes)
-    goal = min(max(round(wanted), 1), total - 1)
+    goal = round(wanted)
     within = (1 << min(total, goal + max(sizes) + 1)) - 1
     reached = 1
     last: dict[int, int] = {}

@@ -53,7 +53,7 @@ def _local_path(source: str | Path) -> Path | None:
     if isinstance(source, str) and name.startswith("embedded:"):
         return embedded_data_path(name)
     path = Path(source).expanduser() if name.startswith("~/") else Path(source)
-    if name and _exists(path):
+    if _exists(path):
         return path
     if isinstance(source, str) and _is_hub_id(name):
         return None

@@ -26,7 +26,7 @@ from gapo_lite.embedded import EMBEDDED_MODELS, cache_dir
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1  # raise it when the scores of the same texts and settings change
-_WITHOUT_EFFECT = ("batch_size", "device")  # options that leave the scores as they are
+_WITHOUT_EFFECT = ("device",)  # options that leave the scores as they are
 
 
 def cached_scores(

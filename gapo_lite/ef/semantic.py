@@ -41,7 +41,7 @@ from gapo_lite.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
 
-BATCHES_PER_CHUNK = 2  # of pairs; a chunk's vectors are what is in memory
+BATCHES_PER_CHUNK = 4  # of pairs; one chunk's vectors are what is in memory
 
 # The layers that agree best with people's judgement, from `model2layers` in bert_score/utils.py,
 # version 0.3.13: its encoders that are in wide use, some under their present name on the Hub too.
@@ -89,7 +89,6 @@ LAYERS: dict[str, int] = {
     "allenai/scibert_scivocab_uncased": 8,
     "princeton-nlp/sup-simcse-roberta-large": 16,
 }
-_UNLIMITED = 10**6  # a tokenizer without a limit says 10**30
 
 
 def bert_scores(
@@ -109,7 +108,8 @@ def bert_scores(
         rejected: N candidates.
         model: a key of LAYERS, another encoder on the Hub, or a local folder.
         layer: whose vectors are compared, from 1; None where LAYERS has the model.
-        batch_size: texts that go through the encoder together; the scores do not depend on it.
+        batch_size: texts that go through the encoder together, and pairs that bert-score would pad
+            to one length: very dissimilar tokens count a little differently by that, see _match.
         device: None takes the GPU where there is one.
         progress: called with (pairs done, N) whenever a chunk is finished.
 
@@ -124,22 +124,18 @@ def bert_scores(
     if not len(chosen):
         return scores
     encoder = load_encoder(model, layer, device)
-    # The same chosen text, which often stands in several pairs, comes into the same chunk.
-    order = sorted(range(len(chosen)), key=lambda i: (len(chosen[i]), chosen[i]), reverse=True)
     num_truncated = num_empty = 0
-    for start in range(0, len(order), BATCHES_PER_CHUNK * batch_size):
-        part = order[start : start + BATCHES_PER_CHUNK * batch_size]
-        texts = encoder.encode(
-            [*(chosen[i] for i in part), *(rejected[i] for i in part)], batch_size
-        )
-        pairs = [(texts[rejected[i]], texts[chosen[i]]) for i in part]
-        scores[part] = torch.stack([_match(*pair) for pair in pairs]).cpu().numpy()
-        num_truncated += sum(
-            candidate.truncated or reference.truncated for candidate, reference in pairs
-        )
-        num_empty += sum(candidate.empty or reference.empty for candidate, reference in pairs)
+    for start in range(0, len(chosen), BATCHES_PER_CHUNK * batch_size):
+        place = slice(start, min(start + BATCHES_PER_CHUNK * batch_size, len(chosen)))
+        texts = encoder.encode([*chosen[place], *rejected[place]], batch_size)
+        candidates = [texts[text] for text in rejected[place]]
+        references = [texts[text] for text in chosen[place]]
+        scores[place] = _match(candidates, references, batch_size)
+        pairs = list(zip(candidates, references, strict=True))
+        num_truncated += sum(a.truncated or b.truncated for a, b in pairs)
+        num_empty += sum(a.empty or b.empty for a, b in pairs)
         if progress is not None:
-            progress(start + len(part), len(order))
+            progress(place.stop, len(chosen))
     _warn(len(chosen), num_truncated, num_empty, encoder.limit)
     return np.clip(np.nan_to_num(scores, nan=0.0), 0.0, 1.0)
 
@@ -250,13 +246,38 @@ def load_encoder(model: str, layer: int | None, device: str | None) -> Encoder:
     return Encoder(tokenizer, network.eval().to(place), _limit(tokenizer, config))
 
 
-def _match(candidate: Encoded, reference: Encoded) -> Tensor:
+def _match(
+    candidates: list[Encoded], references: list[Encoded], batch_size: int
+) -> NDArray[np.float32]:
+    """P, R and F1 (P, 3) of P pairs.
+
+    In bert-score a text that is shorter than the longest of its kind in the batch is padded by
+    tokens whose similarity to any other is 0: then a token that is dissimilar to all tokens of that
+    text counts 0 instead of less. Here, too, though nothing is padded.
+    """
+    rows = []
+    for start in range(0, len(candidates), batch_size):
+        batch = slice(start, start + batch_size)
+        longest_candidate = max(len(text.weights) for text in candidates[batch])
+        longest_reference = max(len(text.weights) for text in references[batch])
+        for candidate, reference in zip(candidates[batch], references[batch], strict=True):
+            candidate_padded = len(candidate.weights) < longest_candidate
+            reference_padded = len(reference.weights) < longest_reference
+            rows.append(_match_pair(candidate, reference, candidate_padded, reference_padded))
+    return torch.stack(rows).cpu().numpy()
+
+
+def _match_pair(
+    candidate: Encoded, reference: Encoded, candidate_padded: bool, reference_padded: bool
+) -> Tensor:
     """(3,): P, R and F1 by matching each token with the most similar one of the other text."""
     similarity = candidate.vectors @ reference.vectors.T  # (candidate's T, reference's T)
     if candidate.empty or reference.empty:
         return similarity.new_zeros(3)
-    precision = (similarity.amax(dim=1) * candidate.weights).sum() / candidate.weights.sum()
-    recall = (similarity.amax(dim=0) * reference.weights).sum() / reference.weights.sum()
+    of_candidate = similarity.amax(dim=1).clamp(min=0.0 if reference_padded else -1.0)
+    of_reference = similarity.amax(dim=0).clamp(min=0.0 if candidate_padded else -1.0)
+    precision = (of_candidate * candidate.weights).sum() / candidate.weights.sum()
+    recall = (of_reference * reference.weights).sum() / reference.weights.sum()
     return torch.stack((precision, recall, 2 * precision * recall / (precision + recall)))
 
 
@@ -312,9 +333,9 @@ def _check_weights(model: str, missing: set[str]) -> None:
 
 def _limit(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
     positions = config.to_dict().get("max_position_embeddings", 512)  # none if relative
-    if tokenizer.model_max_length > _UNLIMITED:
+    if tokenizer.model_max_length > positions:  # 10**30 if it is not set
         return positions - 2  # RoBERTa and its kin have two positions more than they can use
-    return min(tokenizer.model_max_length, positions)
+    return tokenizer.model_max_length
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gapo_lite.data import data_fingerprint, split_pairs
@@ -35,6 +35,7 @@ several_sizes = st.lists(st.integers(1, 12), min_size=2, max_size=10)
 fractions = st.floats(0.001, 0.999)
 
 
+@settings(deadline=None)
 @given(several_sizes, fractions, st.integers(), st.randoms(use_true_random=False))
 def test_no_prompt_is_on_both_sides_and_no_pair_is_lost(
     sizes: list[int], fraction: float, seed: int, order: random.Random
@@ -50,6 +51,7 @@ def test_no_prompt_is_on_both_sides_and_no_pair_is_lost(
     assert len(train) + len(heldout) == len(pairs)
 
 
+@settings(deadline=None)
 @given(several_sizes, fractions, st.integers(0, 3))
 def test_the_sizes_are_as_near_to_the_fraction_as_whole_prompts_allow(
     sizes: list[int], fraction: float, seed: int
@@ -65,6 +67,7 @@ def test_the_sizes_are_as_near_to_the_fraction_as_whole_prompts_allow(
     assert abs(len(heldout) - wanted) == min(abs(total - wanted) for total in every_sum)
 
 
+@settings(deadline=None)
 @given(several_sizes, fractions, st.randoms(use_true_random=False))
 def test_the_order_of_the_rows_does_not_matter(
     sizes: list[int], fraction: float, order: random.Random

@@ -1,4 +1,4 @@
-"""Lexical scores: equal to rouge-score to the last bit, and fractions that one can work out by hand."""
+"""Lexical scores: equal to rouge-score to the last bit, and fractions one can work out by hand."""
 
 from __future__ import annotations
 
@@ -30,10 +30,16 @@ def reference(chosen: list[str], rejected: list[str], efs: list[str], use_stemme
     """What rouge-score says, and the same kind of fraction of its tokens for Jaccard."""
     tokenizer = RememberingTokenizer(use_stemmer)
     scorer = RougeScorer([ef for ef in efs if ef != "jaccard"], tokenizer=tokenizer)
-    rows = [scorer.score(target, prediction) for target, prediction in zip(chosen, rejected)]
+    rows = [
+        scorer.score(target, prediction)
+        for target, prediction in zip(chosen, rejected, strict=True)
+    ]
     scores = {ef: np.array([row[ef].fmeasure for row in rows]) for ef in efs if ef != "jaccard"}
     if "jaccard" in efs:
-        sets = [[set(tokenizer.tokenize(t)) for t in pair] for pair in zip(chosen, rejected)]
+        sets = [
+            [set(tokenizer.tokenize(t)) for t in pair]
+            for pair in zip(chosen, rejected, strict=True)
+        ]
         scores["jaccard"] = np.array([len(a & b) / max(len(a | b), 1) for a, b in sets])
     return scores
 
@@ -77,8 +83,9 @@ any_character = st.characters(exclude_categories=())  # lone surrogates too
 any_text = st.text(any_character, max_size=60)
 wordy_text = st.lists(
     st.sampled_from(
-        "İ ß K ſ ﬁ Ａ １ ² ǅ Σ ς ı é e\u0307 a A b 0 9 _ ' the The running runs flies".split()
+        ["\u0130", "ß", "\u212a", "ſ", "ﬁ", "Ａ", "１", "²", "ǅ", "Σ", "ς", "ı", "e\u0307"]
     )
+    | st.sampled_from(["a", "A", "b", "0", "9", "_", "'", "the", "The", "running", "runs", "flies"])
     | st.sampled_from([" ", "\n", "\t", "\x0b", "\x0c", "\x1c", "\x85", "\xa0", "\u2028", "\x00"])
     | st.sampled_from(["\ud800", "\udfff", "\ud83d\ude00", "😀", "日本語", "yyyy", "sses", "ional"])
     | st.text("aiesyngd", max_size=9)
@@ -90,8 +97,8 @@ text = any_text | wordy_text
 
 @settings(max_examples=400, deadline=None)
 @given(text, text, st.booleans())
-@example("İstanbul", "istanbul", False)
-@example("5 Kelvin", "5 Kelvin", True)
+@example("\u0130stanbul", "istanbul", False)
+@example("5 \u212aelvin", "5 Kelvin", True)
 @example("straße", "strasse", False)
 @example("\ud800a b\udfff", "a b", False)
 @example("caresses flying dying skies", "caress fly die sky", True)
@@ -220,7 +227,7 @@ def test_progress_is_told_after_each_chunk(monkeypatch):
 
 
 def test_pairs_with_a_text_that_the_tokenizer_cannot_see_are_counted():
-    chosen = ["Привет", "hello", "", " \n", "مرحبا", "5 Kelvin", "…", "İ", "K"]
+    chosen = ["Привет", "hello", "", " \n", "مرحبا", "5 \u212aelvin", "…", "\u0130", "\u212a"]
     rejected = ["hello", "你好", "", "hello", "مرحبا", "5 K", "hello", "i", "k"]
     assert count_unseen(chosen, rejected) == 4
     assert list(score_pairs(["你好"], ["你好"])) == [0.0]
