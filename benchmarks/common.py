@@ -1,37 +1,48 @@
-"""What both benchmarks of the training step share: the two trainers under one clock, and what is said of the machine.
+"""What both benchmarks of the training step share: two trainers under one clock, and the machine.
 
-Both contenders are driven by the stock loop of `transformers.Trainer`, through `train()`: `GapoTrainer` and TRL's
-`CPOTrainer`, each with its own collation, loss, backward pass and metrics, and the same optimizer. A step is timed from
-the end of the step before to its own end, so that fetching and collating its pairs count.
+Both contenders run in the stock loop of `transformers.Trainer`, through `train()`: `GapoTrainer`
+and TRL's `CPOTrainer`, each with its own collation, loss, backward pass and metrics, and the same
+optimizer. A step is timed from the end of the step before to its own end, so that fetching and
+collating its pairs count.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
+import resource
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # all is on the disk, and TRL would send telemetry
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import gapo_lite  # noqa: F401  # isort: skip  # before bitsandbytes, which it keeps quiet
 import torch
 from peft import PeftModel
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
-from trl.experimental.cpo import CPOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from gapo_lite.model import causal_model
 from gapo_lite.trainer import GapoTrainer
 
 TRL = "trl"
-VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
+GIB = 2**30
+
+_VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 
 
 class _Recorded:
-    """For either trainer: takes the pairs in their order and keeps the loss of each step (without waiting for it)."""
+    """For either trainer: takes the pairs in their order, and keeps each step's loss unread."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.step_losses: list[torch.Tensor] = []
@@ -58,48 +69,56 @@ class StepClock(TrainerCallback):
     """Times the optimizer steps, and stops the training when its time is up.
 
     Args:
-        max_seconds: no further step begins when the timed steps have taken so long.
         warmup: steps that are not timed.
+        max_seconds: no further step begins once the timed steps have taken so long.
 
     Attributes:
         seconds: of each timed step.
+        cpu_seconds: of all threads of this process, likewise; a busy machine disturbs them less.
     """
 
     def __init__(self, warmup: int, max_seconds: float = float("inf")):
         self.warmup, self.max_seconds = warmup, max_seconds
         self.seconds: list[float] = []
-        self._last = 0.0
+        self.cpu_seconds: list[float] = []
+        self._last = self._last_cpu = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer has stepped and the gradients are cleared."""
         if args.device.type == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter()
+        now, cpu = time.perf_counter(), time.process_time()
         if state.global_step > self.warmup:
             self.seconds.append(now - self._last)
-        self._last = now
+            self.cpu_seconds.append(cpu - self._last_cpu)
+        self._last, self._last_cpu = now, cpu
         control.should_training_stop = sum(self.seconds) > self.max_seconds
 
 
 class TokenCount:
-    """Counts the tokens, padding included, that go through the model (recomputation does not count again)."""
+    """Counts the tokens that go through the model, padding included, recomputation not.
+
+    Attributes:
+        tokens: of each forward pass.
+    """
 
     def __init__(self, policy: PeftModel):
-        self.tokens: list[int] = []  # of each forward pass
+        self.tokens: list[int] = []
         embedding = causal_model(policy).get_input_embeddings()
-        self._hook = embedding.register_forward_hook(lambda module, inputs, output: self._add(inputs[0]))
+        self._hook = embedding.register_forward_hook(self._add)
 
-    def _add(self, input_ids: torch.Tensor) -> None:
-        self.tokens.append(input_ids.numel())
+    def _add(self, module: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+        self.tokens.append(inputs[0].numel())
 
     def remove(self) -> None:
+        """Stops counting."""
         self._hook.remove()
 
 
 def shared_arguments(
     folder: Path, *, steps: int, micro_batch: int, learning_rate: float, use_cpu: bool
 ) -> dict[str, Any]:
-    """Training arguments that are the same for both: one micro-batch an optimizer step, nothing saved or logged."""
+    """Training arguments of both: one micro-batch an optimizer step, nothing saved or logged."""
     return {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -121,6 +140,44 @@ def shared_arguments(
     }
 
 
+def cpo_config(
+    arguments: dict[str, Any], *, beta: float, gamma: float, max_length: int, bf16: bool
+) -> CPOConfig:
+    """SimPO in TRL's words.
+
+    Gradient checkpointing is off here: the benchmarks switch it on in the model itself, by the
+    same call for both contenders.
+    """
+    with warnings.catch_warnings():
+        # transformers 5.23 calls it activation_checkpointing; 5.17 has only the old name
+        warnings.simplefilter("ignore", FutureWarning)
+        return CPOConfig(
+            **arguments,
+            loss_type="simpo",
+            cpo_alpha=0.0,
+            beta=beta,
+            simpo_gamma=beta * gamma,  # TRL's margin is in reward units
+            max_length=max_length,
+            bf16=bf16,
+            gradient_checkpointing=False,
+        )
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process since `reset_peak`, else since it began."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak() -> None:
+    """Lets `peak_bytes` start again from the memory held now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on, and when."""
     return {
@@ -129,29 +186,30 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in VERSIONS},
+        **{name: version(name) for name in _VERSIONS},
     }
 
 
 def describe(machine: dict[str, Any]) -> str:
-    """One line for the screen."""
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *VERSIONS))
+    """Two lines for the screen."""
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *_VERSIONS))
     hardware = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     return f"{hardware} · {machine['date']}\n{versions}"
 
 
-def table(rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], str]]) -> str:
-    """Rows as aligned text: the first column to the left, numbers to the right."""
-    cells = [list(columns), *([show(row) for show in columns.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = (
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in cells
+def table(
+    rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], str]]
+) -> str:
+    """Rows as aligned text: the first column to the left, the others to the right."""
+    lines = [list(columns), *([show(row) for show in columns.values()] for row in rows)]
+    first, *rest = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "\n".join(
+        "  ".join((line[0].ljust(first), *map(str.rjust, line[1:], rest))) for line in lines
     )
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Writes the whole result."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
@@ -159,11 +217,4 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    return found[1] if found else platform.machine()

@@ -70,7 +70,11 @@ def placeholder_mask(device: torch.device) -> torch.Tensor:
 
 
 def _one_call(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scaling: float | None,
 ) -> torch.Tensor:
     out = varlen_attn(
         query[0].transpose(0, 1),
@@ -88,7 +92,11 @@ def _one_call(
 
 
 def _two_calls_a_pair(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scaling: float | None,
 ) -> torch.Tensor:
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -98,9 +106,12 @@ def _two_calls_a_pair(
         q, k, v = (x[:, :, start:middle] for x in (query, key, value))
         outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
         k, v = (
-            torch.cat((x[:, :, start : start + prompt], x[:, :, middle:end]), dim=2) for x in (key, value)
+            torch.cat((x[:, :, start : start + prompt], x[:, :, middle:end]), dim=2)
+            for x in (key, value)
         )
-        sees = torch.ones(rejected, prompt + rejected, dtype=torch.bool, device=query.device).tril(prompt)
+        sees = torch.ones(rejected, prompt + rejected, dtype=torch.bool, device=query.device).tril(
+            prompt
+        )
         q = query[:, :, middle:end]
         outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scaling))
         start = end

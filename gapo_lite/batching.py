@@ -66,16 +66,24 @@ def tokenize_pairs(
         DataError: the template refuses a conversation, or no pair is left.
     """
     ending = turn_ending(tokenizer)
-    prompts = _token_ids(tokenizer, [render_prompt(tokenizer, pair.prompt) for pair in pairs], split_special=False)
-    chosen = _token_ids(tokenizer, [ending.text_of(pair.chosen) for pair in pairs], split_special=True)
-    rejected = _token_ids(tokenizer, [ending.text_of(pair.rejected) for pair in pairs], split_special=True)
+    prompts = _token_ids(
+        tokenizer, [render_prompt(tokenizer, pair.prompt) for pair in pairs], split_special=False
+    )
+    chosen = _token_ids(
+        tokenizer, [ending.text_of(pair.chosen) for pair in pairs], split_special=True
+    )
+    rejected = _token_ids(
+        tokenizer, [ending.text_of(pair.rejected) for pair in pairs], split_special=True
+    )
     end = np.array([ending.token_id], dtype=np.int32)
 
     kept, indices, short_prompts, short_responses = [], [], 0, 0
     for index, (prompt, w, l) in enumerate(zip(prompts, chosen, rejected, strict=True)):
         w, l = np.concatenate((w, end)), np.concatenate((l, end))
         longest = max(len(w), len(l))
-        cut_prompt = _cut_left(prompt, max(max_length - longest, max_prompt_length), tokenizer.bos_token_id)
+        cut_prompt = _cut_left(
+            prompt, max(max_length - longest, max_prompt_length), tokenizer.bos_token_id
+        )
         room = max_length - len(cut_prompt)
         if room < 1:
             continue
@@ -88,7 +96,9 @@ def tokenize_pairs(
             f"none of {len(pairs)} pairs has a token left to score: max_length is {max_length} and max_prompt_length "
             f"{max_prompt_length}. Raise data.max_length or lower data.max_prompt_length."
         )
-    return TokenizedPairs(kept, np.array(indices), short_prompts, short_responses, len(pairs) - len(kept))
+    return TokenizedPairs(
+        kept, np.array(indices), short_prompts, short_responses, len(pairs) - len(kept)
+    )
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
@@ -99,7 +109,9 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     """
     try:
         return str(
-            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
         )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
@@ -138,15 +150,23 @@ def turn_ending(tokenizer: PreTrainedTokenizerBase) -> TurnEnding:
             "Choose a chat (instruct) model, or add a chat template to its tokenizer."
         )
     probe, spaces = "gapo-probe", "  "
-    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": spaces + probe + spaces}]
+    turns = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": spaces + probe + spaces},
+    ]
     tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(probe)[2]
     trims = not tail.startswith(spaces)
     ids = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
-    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    special = {
+        *tokenizer.all_special_ids,
+        *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special),
+    }
     if ids and ids[0] in special:
         return TurnEnding(ids[0], trims)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the chat template of {tokenizer.name_or_path} ends a turn with no special token.")
+        raise ModelError(
+            f"the chat template of {tokenizer.name_or_path} ends a turn with no special token."
+        )
     return TurnEnding(tokenizer.eos_token_id, trims)
 
 
@@ -188,7 +208,9 @@ def pack(pairs: Sequence[TokenizedPair]) -> PairBatch:
 
 def pad(pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
     """The reference layout: 2B rows, chosen first, padded on the right with `pad_id`. See PairBatch."""
-    rows = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
+    rows = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [
+        (p.prompt_ids, p.rejected_ids) for p in pairs
+    ]
     width = max(len(prompt) + len(response) for prompt, response in rows)
     input_ids = torch.full((len(rows), width), pad_id)
     attention_mask = torch.zeros(len(rows), width, dtype=torch.long)

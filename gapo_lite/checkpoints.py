@@ -87,7 +87,9 @@ def newest_valid_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path:
         raise RunError(
             f"no checkpoint in {folder} can be used: {'; '.join(damage)}. Start the run again under a new name."
         )
-    raise RunError(f"{folder} holds no checkpoint, so there is nothing to resume. Start the run again under a new name.")
+    raise RunError(
+        f"{folder} holds no checkpoint, so there is nothing to resume. Start the run again under a new name."
+    )
 
 
 def remove_stages(folder: Path) -> None:

@@ -7,6 +7,7 @@ All problems of a file are reported at once, each with its key and, for an unkno
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -27,7 +28,9 @@ from gapo_lite.errors import ConfigError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -47,7 +50,9 @@ class ModelConfig(_Section):
         description="Hub id (owner/name), local folder, or embedded:smollm2-135m-instruct.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the Hub repository.")
-    quantization: Literal["nf4", "none"] = Field("nf4", description="4-bit NF4 (QLoRA), or none (LoRA).")
+    quantization: Literal["nf4", "none"] = Field(
+        "nf4", description="4-bit NF4 (QLoRA), or none (LoRA)."
+    )
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Arithmetic: auto is bfloat16 where the hardware has it, else float32."
     )
@@ -60,17 +65,22 @@ class LoraConfig(_Section):
     """The adapter."""
 
     rank: int = Field(16, ge=1, le=1024, description="Rank r of the update matrices.")
-    alpha: float = Field(32.0, gt=0, le=4096, description="Scale: the update is multiplied by alpha / rank.")
+    alpha: float = Field(
+        32.0, gt=0, le=4096, description="Scale: the update is multiplied by alpha / rank."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="Layers that get an adapter: all-linear (never the head), or their names."
+        "all-linear",
+        description="Layers that get an adapter: all-linear (never the head), or their names.",
     )
 
     @field_validator("target_modules")
     @classmethod
     def _not_the_head(cls, value: str | list[str]) -> str | list[str]:
         if value == [] or "lm_head" in value:
-            raise ValueError("needs at least one layer and never lm_head: its adapter would be ignored")
+            raise ValueError(
+                "needs at least one layer and never lm_head: its adapter would be ignored"
+            )
         return value
 
 
@@ -83,25 +93,39 @@ class DataConfig(_Section):
         description="File (.jsonl .json .csv .parquet, also .gz), datasets folder, Hub id, or embedded:everyday.",
     )
     split: str = Field("train", min_length=1, description="Split of a Hub id or datasets folder.")
-    heldout_source: str | None = Field(None, description="Where held-out pairs come from; none splits `source`.")
+    heldout_source: str | None = Field(
+        None, description="Where held-out pairs come from; none splits `source`."
+    )
     heldout_split: str = Field("test", min_length=1, description="Split of `heldout_source`.")
     heldout_fraction: float = Field(
-        0.05, ge=0, lt=1, description="Share of pairs held out of `source`, by whole prompts, where there is no heldout_source."
+        0.05,
+        ge=0,
+        lt=1,
+        description="Share of pairs held out of `source`, by whole prompts, where there is no heldout_source.",
     )
-    split_seed: int = Field(0, ge=0, lt=2**32, description="Seed of that split, apart from training.seed.")
-    max_pairs: int | None = Field(None, ge=1, description="Use at most so many training pairs (the first).")
-    max_length: int = Field(2048, ge=8, le=1_048_576, description="Tokens of prompt and response together.")
+    split_seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed of that split, apart from training.seed."
+    )
+    max_pairs: int | None = Field(
+        None, ge=1, description="Use at most so many training pairs (the first)."
+    )
+    max_length: int = Field(
+        2048, ge=8, le=1_048_576, description="Tokens of prompt and response together."
+    )
     max_prompt_length: int = Field(
-        1800, ge=1, le=1_048_576, description="Tokens that a long prompt is cut to, from the left, if need be."
+        1800,
+        ge=1,
+        le=1_048_576,
+        description="Tokens that a long prompt is cut to, from the left, if need be.",
     )
 
 
 class EfConfig(_Section):
     """The evaluation factor: how alike chosen and rejected are."""
 
-    metric: Literal["jaccard", "rouge1", "rouge2", "rougeL", "bertscore_p", "bertscore_r", "bertscore_f1"] = (
-        Field("rougeL", description="Text similarity in [0, 1]; ROUGE-L is best in the paper.")
-    )
+    metric: Literal[
+        "jaccard", "rouge1", "rouge2", "rougeL", "bertscore_p", "bertscore_r", "bertscore_f1"
+    ] = Field("rougeL", description="Text similarity in [0, 1]; ROUGE-L is best in the paper.")
     use_stemmer: bool = Field(False, description="Porter stemmer for jaccard and ROUGE.")
     bertscore_model: str = Field(
         "roberta-large",
@@ -109,9 +133,14 @@ class EfConfig(_Section):
         description="Encoder for BERTScore: Hub id, local folder, or embedded:all-minilm-l6-v2.",
     )
     bertscore_layer: int | None = Field(
-        None, ge=0, le=200, description="Layer of the encoder; none takes the usual one for known encoders."
+        None,
+        ge=0,
+        le=200,
+        description="Layer of the encoder; none takes the usual one for known encoders.",
     )
-    bertscore_batch_size: int = Field(64, ge=1, le=4096, description="Texts the encoder reads at once.")
+    bertscore_batch_size: int = Field(
+        64, ge=1, le=4096, description="Texts the encoder reads at once."
+    )
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for `score_pairs`, only those that the metric knows."""
@@ -133,14 +162,20 @@ class MarginConfig(_Section):
     normalization: Literal["scale", "shift", "none"] = Field(
         "scale", description="scale: γ·gap/mean(gap); shift: gap − mean(gap) + γ; none: gap."
     )
-    gamma: float = Field(0.3, ge=0, le=100, description="γ: average target margin, before β (SimPO's γ/β).")
-    ef_floor: float = Field(0.01, gt=0, le=1, description="Smaller EFs are raised to it; log(1/0) is infinite.")
+    gamma: float = Field(
+        0.3, ge=0, le=100, description="γ: average target margin, before β (SimPO's γ/β)."
+    )
+    ef_floor: float = Field(
+        0.01, gt=0, le=1, description="Smaller EFs are raised to it; log(1/0) is infinite."
+    )
 
 
 class ObjectiveConfig(_Section):
     """The loss."""
 
-    name: Literal["gapo", "simpo"] = Field("gapo", description="gapo: a margin a pair; simpo: γ for all.")
+    name: Literal["gapo", "simpo"] = Field(
+        "gapo", description="gapo: a margin a pair; simpo: γ for all."
+    )
     beta: float = Field(10.0, gt=0, le=1000, description="β: scale of the reward.")
     margin_scale: Literal["beta", "one"] = Field(
         "beta", description="beta: the margin is multiplied by β (eq. 5); one: it is not (eq. 9)."
@@ -152,24 +187,39 @@ class TrainingConfig(_Section):
 
     learning_rate: float = Field(2e-5, gt=0, le=1, description="Peak learning rate of AdamW.")
     epochs: float = Field(1.0, gt=0, le=1000, description="Passes over the training pairs.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps; overrides epochs.")
-    batch_size: int = Field(128, ge=1, le=65536, description="Pairs an optimizer step, over all GPUs.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after so many optimizer steps; overrides epochs."
+    )
+    batch_size: int = Field(
+        128, ge=1, le=65536, description="Pairs an optimizer step, over all GPUs."
+    )
     micro_batch_size: int = Field(2, ge=1, le=4096, description="Pairs a forward pass on each GPU.")
-    eval_batch_size: int = Field(4, ge=1, le=4096, description="Pairs a forward pass in evaluation.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after warm-up.")
+    eval_batch_size: int = Field(
+        4, ge=1, le=4096, description="Pairs a forward pass in evaluation."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Learning rate after warm-up."
+    )
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps that warm up.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
-    max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="Gradients are clipped to this norm.")
-    gradient_checkpointing: bool = Field(True, description="Recompute activations: less memory, more time.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, le=1e6, description="Gradients are clipped to this norm."
+    )
+    gradient_checkpointing: bool = Field(
+        True, description="Recompute activations: less memory, more time."
+    )
     layout: Literal["auto", "packed", "padded"] = Field(
-        "auto", description="packed: no padding, shared prompts; padded: for models whose attention is fixed."
+        "auto",
+        description="packed: no padding, shared prompts; padded: for models whose attention is fixed.",
     )
     logging_steps: int = Field(1, ge=1, description="Record metrics every so many steps.")
     eval_steps: int = Field(50, ge=1, description="Evaluate on held-out pairs every so many steps.")
     save_steps: int = Field(50, ge=1, description="Write a checkpoint every so many steps.")
     keep_checkpoints: int = Field(2, ge=1, le=1000, description="Checkpoints kept, the newest.")
     sample_prompts: list[str] = Field(
-        default_factory=list, max_length=32, description="Prompts answered at every evaluation, to samples.jsonl."
+        default_factory=list,
+        max_length=32,
+        description="Prompts answered at every evaluation, to samples.jsonl.",
     )
     sample_max_tokens: int = Field(96, ge=1, le=4096, description="Longest such answer, in tokens.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of adapter, order and dropout.")
@@ -211,12 +261,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(_read_yaml(Path(path)), overrides, source=str(path))
 
 
-def parse_config(settings: dict[str, Any], overrides: Sequence[str] = (), source: str = "settings") -> RunConfig:
+def parse_config(
+    settings: dict[str, Any], overrides: Sequence[str] = (), source: str = "settings"
+) -> RunConfig:
     """Checks settings that are already a dictionary; see `load_config`.
 
     Raises:
         ConfigError: naming every unknown or bad setting at once.
     """
+    settings = copy.deepcopy(settings)
     for override in overrides:
         _apply_override(settings, override)
     try:
@@ -241,22 +294,31 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {sorted(map(str, twice))[0]!r} is given twice", node.start_mark
+                None,
+                None,
+                f"the key {sorted(map(str, twice))[0]!r} is given twice",
+                node.start_mark,
             )
         return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1
+        )
         hint = f" Did you mean {path.with_name(near[0])}?" if near else " Recipes lie in configs/."
         raise ConfigError(f"there is no configuration file {path}.{hint}")
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{path} is not readable as YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(settings, dict):
-        raise ConfigError(f"{path} holds no settings: expected sections such as `model:` and `training:`.")
+        raise ConfigError(
+            f"{path} holds no settings: expected sections such as `model:` and `training:`."
+        )
     return settings
 
 
@@ -295,7 +357,10 @@ def _nearest(key: str) -> str:
     by_name = {k.rpartition(".")[2]: k for k in known}
     near = (
         difflib.get_close_matches(key, same_section, n=1, cutoff=0.7)
-        or [by_name[name] for name in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.7)]
+        or [
+            by_name[name]
+            for name in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.7)
+        ]
         or difflib.get_close_matches(key, list(RunConfig.model_fields), n=1)
     )
     return f" Did you mean {near[0]}?" if near else ""

@@ -34,7 +34,9 @@ class PairScores:
     margins: np.ndarray
 
 
-def pair_scores(logps: PairLogps, output: LossOutput, margin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def pair_scores(
+    logps: PairLogps, output: LossOutput, margin: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """The columns of PairScores for one batch, each (B,)."""
     return (
         output.losses.detach(),
@@ -74,7 +76,9 @@ def score_heldout(
     for start in range(0, len(pairs), batch_size):
         batch = collate(pairs[start : start + batch_size]).to(device)
         logps = forward_logps(model, batch)
-        columns.append(torch.stack(pair_scores(logps, loss_fn(logps, batch.margin), batch.margin)).cpu())
+        columns.append(
+            torch.stack(pair_scores(logps, loss_fn(logps, batch.margin), batch.margin)).cpu()
+        )
         if progress:
             progress(min(start + batch_size, len(pairs)), len(pairs))
     model.train(training)

@@ -6,7 +6,12 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from gapo_lite.batching import render_prompt, turn_ending
 from gapo_lite.model import Policy
@@ -25,7 +30,13 @@ def answer(
 ) -> str:
     """The whole answer to a conversation; see `stream_answer`."""
     pieces = stream_answer(
-        model, tokenizer, messages, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+        model,
+        tokenizer,
+        messages,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
     )
     return "".join(pieces)
 
@@ -54,7 +65,18 @@ def stream_answer(
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stop = threading.Event()
     failure: list[Exception] = []
-    arguments = (model, tokenizer, messages, streamer, stop, failure, max_tokens, temperature, top_p, seed)
+    arguments = (
+        model,
+        tokenizer,
+        messages,
+        streamer,
+        stop,
+        failure,
+        max_tokens,
+        temperature,
+        top_p,
+        seed,
+    )
     worker = threading.Thread(target=_generate, args=arguments, daemon=True)
     worker.start()
     try:
@@ -70,7 +92,9 @@ class _Stopped(StoppingCriteria):
     def __init__(self, stop: threading.Event):
         self.stop = stop
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object
+    ) -> torch.Tensor:
         return torch.full((len(input_ids),), self.stop.is_set(), device=input_ids.device)
 
 
@@ -89,14 +113,21 @@ def _generate(
     training = model.training
     try:
         model.eval()
-        inputs = tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False, return_tensors="pt")
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+        inputs = tokenizer(
+            render_prompt(tokenizer, messages), add_special_tokens=False, return_tensors="pt"
+        )
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+        )
         with torch.random.fork_rng(enabled=bool(sampling)):
             if sampling:
                 torch.manual_seed(seed)
             model.generate(
                 **inputs.to(model.device),
-                **({"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | sampling),
+                **(
+                    {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+                    | sampling
+                ),
                 max_new_tokens=max_tokens,
                 eos_token_id=_stop_ids(model, tokenizer),
                 pad_token_id=tokenizer.eos_token_id,

@@ -33,13 +33,17 @@ def pair_logps(hidden: torch.Tensor, weight: torch.Tensor, batch: PairBatch) -> 
     """
     rows = hidden.flatten(0, 1).index_select(0, batch.predict_index)
     token_logps = selected_logps(rows, weight, batch.target_ids)
-    sums = torch.segment_reduce(token_logps, "sum", lengths=batch.lengths)  # index_add would be random on CUDA
+    sums = torch.segment_reduce(
+        token_logps, "sum", lengths=batch.lengths
+    )  # index_add would be random on CUDA
     chosen, rejected = sums.chunk(2)
     chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
     return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
 
 
-def selected_logps(rows: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+def selected_logps(
+    rows: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor
+) -> torch.Tensor:
     """(N,) float32 log-probabilities of `target_ids` (N,) under softmax(rows @ weight.T).
 
     Args:
@@ -55,7 +59,11 @@ class _SelectedLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, needs_grad: bool
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        target_ids: torch.Tensor,
+        needs_grad: bool,
     ) -> torch.Tensor:
         rows = rows.to(weight.dtype)
         logps = torch.empty(len(rows), dtype=torch.float32, device=rows.device)

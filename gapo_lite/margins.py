@@ -78,7 +78,9 @@ def estimate_margins(
     ef = np.asarray(ef, dtype=np.float64)
     _check_settings(mapping, normalization, ef_floor)
     _check_ef(ef)
-    gaps = MAPPINGS[mapping](np.clip(ef, ef_floor, 1.0)) + 0.0  # + 0.0 turns -log(1) = -0.0 into 0.0
+    gaps = (
+        MAPPINGS[mapping](np.clip(ef, ef_floor, 1.0)) + 0.0
+    )  # + 0.0 turns -log(1) = -0.0 into 0.0
     if mean_gap is None:
         mean_gap = float(gaps.mean())
     if normalization == "scale" and mean_gap <= 0.0:
@@ -112,12 +114,16 @@ def _check_settings(mapping: str, normalization: str, ef_floor: float) -> None:
         if value not in table:
             raise ConfigError(f"unknown {key} {value!r}: choose one of {', '.join(table)}.")
     if not 0.0 < ef_floor <= 1.0:
-        raise ConfigError(f"ef_floor is {ef_floor}, but must lie in (0, 1]: the logarithm of 0 is infinite.")
+        raise ConfigError(
+            f"ef_floor is {ef_floor}, but must lie in (0, 1]: the logarithm of 0 is infinite."
+        )
 
 
 def _check_ef(ef: np.ndarray) -> None:
     if ef.ndim != 1 or ef.size == 0:
-        raise DataError(f"evaluation factors must be a non-empty row of numbers, but have shape {ef.shape}.")
+        raise DataError(
+            f"evaluation factors must be a non-empty row of numbers, but have shape {ef.shape}."
+        )
     bad = np.flatnonzero(~((ef >= 0.0) & (ef <= 1.0)))  # NaN fails both comparisons
     if bad.size:
         raise DataError(

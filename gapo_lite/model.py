@@ -1,6 +1,6 @@
 """The policy: a base model in 4 bits with a LoRA adapter, and its forward pass over pairs.
 
-The only module that imports bitsandbytes, peft and unsloth. The reference model is this one with its adapter disabled,
+The only module, with unsloth_backend.py, that knows how models are loaded. The reference model is this one with its adapter disabled,
 never a second copy.
 """
 
@@ -76,7 +76,9 @@ def _hidden_states(causal: PreTrainedModel, batch: PairBatch) -> torch.Tensor:
 def _autocast(causal: PreTrainedModel) -> torch.autocast:
     """bfloat16 arithmetic where the base is bfloat16, so that float32 adapters don't pull activations to float32."""
     weight = causal.get_input_embeddings().weight
-    return torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
+    return torch.autocast(
+        weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16
+    )
 
 
 def pick_device() -> torch.device:
@@ -160,10 +162,19 @@ def load_base(
             trust_remote_code=False,
             **({"quantization_config": _nf4(dtype)} if quantize else {}),
         )
+    prepare_base(name, model)
+    return model
+
+
+def prepare_base(name: str, model: PreTrainedModel) -> None:
+    """Freezes a loaded base model, keeps its 4-bit layers trainable on a CPU, and checks its output head.
+
+    Raises:
+        ModelError: the head is not a plain linear layer.
+    """
     _keep_trainable_layout(model)
     model.requires_grad_(False)
     _check_head(name, model)
-    return model
 
 
 def add_adapter(
@@ -212,14 +223,18 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     """
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} holds no adapter (adapter_config.json is missing). Did the run finish a save?")
+        raise ModelError(
+            f"{folder} holds no adapter (adapter_config.json is missing). Did the run finish a save?"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # as in add_adapter
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
     except (RuntimeError, ValueError, KeyError, UserWarning, json.JSONDecodeError) as error:
-        made_for = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        made_for = json.loads((folder / "adapter_config.json").read_text()).get(
+            "base_model_name_or_path"
+        )
         raise ModelError(
             f"the adapter in {folder} does not fit {model.config.name_or_path}: it was made for {made_for}. "
             f"Load that base model instead. ({' '.join(str(error).split())[:200]})"
@@ -271,7 +286,10 @@ def _unpacked(name: str) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
-    with _quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar of its own
+    with (
+        _quiet_transformers(),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # a progress bar of its own
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         model = AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32
@@ -321,10 +339,16 @@ def _check_head(name: str, model: PreTrainedModel) -> None:
     """The tiles of logps.py stand for the model's own head: refuse heads that do more than a matrix product."""
     head = model.get_output_embeddings()
     settings = model.config.get_text_config().to_dict()
-    scales = [k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if settings.get(k)]
+    scales = [
+        k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if settings.get(k)
+    ]
     if not isinstance(head, nn.Linear) or head.bias is not None or scales:
-        why = f"it applies {', '.join(scales)}" if scales else "it is not a linear layer without bias"
-        raise ModelError(f"the output head of {name} cannot be trained here: {why}. Choose another model.")
+        why = (
+            f"it applies {', '.join(scales)}" if scales else "it is not a linear layer without bias"
+        )
+        raise ModelError(
+            f"the output head of {name} cannot be trained here: {why}. Choose another model."
+        )
 
 
 @contextlib.contextmanager
@@ -338,7 +362,9 @@ def _loading(name: str) -> Iterator[None]:
         if "gated" in text.lower() or "401" in text or "403" in text:
             remedy = "It is gated: accept its licence on the Hub, then log in with `hf auth login` (or set HF_TOKEN)."
         elif _HUB_ID.fullmatch(name) and not Path(name).exists():
-            remedy = "Check the spelling and the network, or give a local folder that holds the model."
+            remedy = (
+                "Check the spelling and the network, or give a local folder that holds the model."
+            )
         else:
             remedy = "Check that the folder holds a complete transformers model (config, tokenizer, safetensors)."
         raise ModelError(f"the model {name} could not be loaded: {text[:300]} {remedy}") from None
@@ -349,7 +375,10 @@ def _quiet_transformers() -> Iterator[None]:
     """Without the progress bars and notes of loading; errors are raised all the same."""
     from transformers.utils import logging as transformers_logging
 
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    level, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

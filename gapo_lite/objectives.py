@@ -45,7 +45,9 @@ def gapo_loss(
         ConfigError: an unknown `margin_scale`.
     """
     if margin_scale not in ("beta", "one"):
-        raise ConfigError(f"unknown margin_scale {margin_scale!r}: choose `beta` (eq. 5) or `one` (eq. 9).")
+        raise ConfigError(
+            f"unknown margin_scale {margin_scale!r}: choose `beta` (eq. 5) or `one` (eq. 9)."
+        )
     chosen_rewards = beta * chosen_logps_avg
     rejected_rewards = beta * rejected_logps_avg
     target = margin.detach() * (beta if margin_scale == "beta" else 1.0)
@@ -53,8 +55,12 @@ def gapo_loss(
     return LossOutput(losses, chosen_rewards.detach(), rejected_rewards.detach())
 
 
-def _on_average_logps(logps: PairLogps, margin: torch.Tensor, beta: float, margin_scale: MarginScale) -> LossOutput:
-    return gapo_loss(logps.chosen_avg, logps.rejected_avg, margin, beta=beta, margin_scale=margin_scale)
+def _on_average_logps(
+    logps: PairLogps, margin: torch.Tensor, beta: float, margin_scale: MarginScale
+) -> LossOutput:
+    return gapo_loss(
+        logps.chosen_avg, logps.rejected_avg, margin, beta=beta, margin_scale=margin_scale
+    )
 
 
 @dataclass(frozen=True, slots=True)

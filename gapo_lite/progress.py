@@ -32,7 +32,9 @@ class TrainingProgress:
     """
 
     def __init__(self, name: str, enabled: bool):
-        self._bar = _bar(TextColumn("{task.fields[numbers]}")) if enabled and sys.stderr.isatty() else None
+        self._bar = (
+            _bar(TextColumn("{task.fields[numbers]}")) if enabled and sys.stderr.isatty() else None
+        )
         self._name = name
         self._total = 0
         self._task = None if self._bar is None else self._bar.add_task(name, total=None, numbers="")

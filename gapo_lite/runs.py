@@ -138,7 +138,9 @@ class Run:
             path = self.path / name
             if path.is_file():
                 rows = [row for row in read_jsonl(path) if row["step"] <= step]
-                _replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                _replace_text(
+                    path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                )
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -192,14 +194,21 @@ def open_run(name: str | Path, runs_dir: Path) -> Run:
         if (path / "config.yaml").is_file():
             return Run(path)
     known = [run.name for run in list_runs(runs_dir)]
-    hint = f"Runs in {runs_dir}: {', '.join(known[-8:])}." if known else f"{runs_dir} holds no runs yet."
+    hint = (
+        f"Runs in {runs_dir}: {', '.join(known[-8:])}."
+        if known
+        else f"{runs_dir} holds no runs yet."
+    )
     raise RunError(f"there is no run {str(name)!r}. {hint}")
 
 
 def list_runs(runs_dir: Path) -> list[Run]:
     """All runs of a folder, oldest first."""
     found = [path.parent for path in runs_dir.glob("*/config.yaml")]
-    return [Run(path) for path in sorted(found, key=lambda p: ((p / "config.yaml").stat().st_mtime, p.name))]
+    return [
+        Run(path)
+        for path in sorted(found, key=lambda p: ((p / "config.yaml").stat().st_mtime, p.name))
+    ]
 
 
 def remove_run(run: Run) -> None:
@@ -214,7 +223,9 @@ def device_lease(device_id: str) -> Iterator[None]:
     Raises:
         RunError: another training holds it.
     """
-    path = Path(tempfile.gettempdir()) / f"gapo-lite-{re.sub(r'[^A-Za-z0-9-]', '-', device_id)}.lock"
+    path = (
+        Path(tempfile.gettempdir()) / f"gapo-lite-{re.sub(r'[^A-Za-z0-9-]', '-', device_id)}.lock"
+    )
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(_locked(path, mode=0o666))

@@ -92,11 +92,15 @@ class GapoTrainer(Trainer):
         self.keep_checkpoints = keep_checkpoints
         self.heldout_pairs = list(heldout_pairs)
         self.splits = 1  # micro-batches are cut into so many parts since memory ran out
-        self.loss_fn: LossFn = partial(OBJECTIVES[objective].fn, beta=beta, margin_scale=margin_scale)
+        self.loss_fn: LossFn = partial(
+            OBJECTIVES[objective].fn, beta=beta, margin_scale=margin_scale
+        )
         self.collate: Collate = pack if layout == "packed" else partial(pad, pad_id=pad_id)
         self._step_pairs: list[list[TokenizedPair]] = []  # micro-batches of the step under way
         self._step_sums = torch.zeros(len(MEANS) + 2, dtype=torch.float64, device=args.device)
-        self._window_sums = self._step_sums.clone()  # since the last logged step: MEANS, pairs, tokens
+        self._window_sums = (
+            self._step_sums.clone()
+        )  # since the last logged step: MEANS, pairs, tokens
         self._window_start = self._started = time.perf_counter()
         self._seconds_before = 0.0  # of this run, in earlier processes
         super().__init__(
@@ -109,7 +113,9 @@ class GapoTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.model_accepts_loss_kwargs = True  # this loss divides by the pairs of the whole step by itself
+        self.model_accepts_loss_kwargs = (
+            True  # this loss divides by the pairs of the whole step by itself
+        )
 
     # -- one step --
 
@@ -157,7 +163,11 @@ class GapoTrainer(Trainer):
         """Starts the optimizer step again with smaller forward passes (a broken one may have left part gradients)."""
         largest = max(len(batch) for batch in self._step_pairs)
         if self.splits >= largest or self.args.world_size > 1:
-            hint = "lower data.max_length" if self.splits >= largest else "lower training.micro_batch_size"
+            hint = (
+                "lower data.max_length"
+                if self.splits >= largest
+                else "lower training.micro_batch_size"
+            )
             raise RunError(
                 f"out of memory at step {self.state.global_step + 1} with {math.ceil(largest / self.splits)} pair(s) a "
                 f"forward pass: {hint}, or turn on training.gradient_checkpointing. ({oom[:200]})"
@@ -246,7 +256,9 @@ class GapoTrainer(Trainer):
         scores = self.heldout_scores()
         metrics = {f"eval/{name}": value for name, value in summarize(scores).items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         self._window_start += time.perf_counter() - began  # the pause is not training
         return metrics
 
@@ -293,10 +305,14 @@ class GapoTrainer(Trainer):
         weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
         result = set_peft_model_state_dict(self.model, weights)
         if result.unexpected_keys:
-            raise RunError(f"the adapter in {folder} was made for another model: {result.unexpected_keys[:3]}.")
+            raise RunError(
+                f"the adapter in {folder} was made for another model: {result.unexpected_keys[:3]}."
+            )
         own = json.loads((folder / "gapo.json").read_text())
         if self.is_world_process_zero():  # the saved window is the sum over processes
-            self._window_sums += torch.tensor(own["window"], dtype=torch.float64, device=self.args.device)
+            self._window_sums += torch.tensor(
+                own["window"], dtype=torch.float64, device=self.args.device
+            )
         self.splits = own["splits"]
         self._seconds_before = own["elapsed_s"]
 
@@ -322,7 +338,9 @@ def peak_memory_gib() -> float:
 
 def _sums(batch: PairBatch, logps: PairLogps, output: LossOutput) -> torch.Tensor:
     """Sums of MEANS over a batch's pairs, then pairs and tokens; float64, without a device synchronisation."""
-    losses, chosen, rejected, chosen_logps, rejected_logps, margin = pair_scores(logps, output, batch.margin)
+    losses, chosen, rejected, chosen_logps, rejected_logps, margin = pair_scores(
+        logps, output, batch.margin
+    )
     columns = (losses, chosen, rejected, chosen - rejected, (chosen > rejected).float())
     columns += (chosen_logps, rejected_logps, margin, torch.ones_like(margin))
     sums = torch.stack(columns).double().sum(dim=1)

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from gapo_lite.batching import TokenizedPairs, tokenize_pairs
@@ -39,16 +40,40 @@ from gapo_lite.ef.cache import cached_scores
 from gapo_lite.errors import ConfigError, GapoError, RunError
 from gapo_lite.generate import answer
 from gapo_lite.margins import Margins, constant_margins, estimate_margins
-from gapo_lite.model import add_adapter, load_base, load_tokenizer, pick_device, pick_precision, why_not_packed
+from gapo_lite.model import (
+    add_adapter,
+    load_base,
+    load_tokenizer,
+    pick_device,
+    pick_precision,
+    why_not_packed,
+)
 from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.progress import TrainingProgress, scoring_progress
-from gapo_lite.runs import Run, create_run, device_lease, now, open_run, remove_run, telling_disk_errors
+from gapo_lite.runs import (
+    Run,
+    create_run,
+    device_lease,
+    now,
+    open_run,
+    remove_run,
+    telling_disk_errors,
+)
 from gapo_lite.trainer import GapoTrainer
 from gapo_lite.types import LoadedPairs, PreferencePair
 
 logger = logging.getLogger(__name__)
 
-_VERSIONS = ("gapo-lite", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "rouge-score")
+_VERSIONS = (
+    "gapo-lite",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "rouge-score",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +137,15 @@ def train(
             _write_beginnings(run, config, train_data, heldout_data, loaded)
             stack.enter_context(_log_file(run))
         state.wait_for_everyone()
-        _run_training(config, run, tokenizer, train_data, heldout_data, resume is not None, show_progress and is_main)
+        _run_training(
+            config,
+            run,
+            tokenizer,
+            train_data,
+            heldout_data,
+            resume is not None,
+            show_progress and is_main,
+        )
     return run
 
 
@@ -133,7 +166,11 @@ def prepare(
     if not heldout_pairs:
         return train_data, None, loaded
     heldout_margins = _margins(config, heldout_ef, train_margins.mean_gap)
-    return train_data, _tokenized(config, tokenizer, heldout_pairs, heldout_ef, heldout_margins), loaded
+    return (
+        train_data,
+        _tokenized(config, tokenizer, heldout_pairs, heldout_ef, heldout_margins),
+        loaded,
+    )
 
 
 def heldout_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
@@ -144,11 +181,15 @@ def heldout_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepare
     """
     _, heldout, _ = prepare(config, tokenizer)
     if heldout is None:
-        raise ConfigError("this configuration holds no pairs out: set data.heldout_fraction or data.heldout_source.")
+        raise ConfigError(
+            "this configuration holds no pairs out: set data.heldout_fraction or data.heldout_source."
+        )
     return heldout
 
 
-def _load_and_split(config: RunConfig) -> tuple[LoadedPairs, list[PreferencePair], list[PreferencePair]]:
+def _load_and_split(
+    config: RunConfig,
+) -> tuple[LoadedPairs, list[PreferencePair], list[PreferencePair]]:
     data = config.data
     loaded = load_pairs(data.source, split=data.split)
     if loaded.problems:
@@ -164,7 +205,9 @@ def _load_and_split(config: RunConfig) -> tuple[LoadedPairs, list[PreferencePair
     return loaded, train_pairs[: data.max_pairs], heldout_pairs
 
 
-def _warn_of_shared_prompts(train_pairs: list[PreferencePair], heldout_pairs: list[PreferencePair]) -> None:
+def _warn_of_shared_prompts(
+    train_pairs: list[PreferencePair], heldout_pairs: list[PreferencePair]
+) -> None:
     trained = {str(pair.prompt) for pair in train_pairs}
     shared = sum(str(pair.prompt) in trained for pair in heldout_pairs)
     if shared:
@@ -226,7 +269,9 @@ def _run_training(
             trainer = _trainer(config, run, tokenizer, train_data, heldout_data, resuming, callback)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except GapoError as error:
-        run.write("status.json", {**run.read("status.json"), "state": "failed", "message": str(error)})
+        run.write(
+            "status.json", {**run.read("status.json"), "state": "failed", "message": str(error)}
+        )
         logger.error("%s", error)
         raise
     _finish(trainer, run)
@@ -242,40 +287,57 @@ def _trainer(
     callback: RunCallback,
 ) -> GapoTrainer:
     device = pick_device()
-    dtype = pick_precision(config.model.precision, device)
-    base = load_base(
-        config.model.name,
-        revision=config.model.revision,
-        quantization=config.model.quantization,
-        dtype=dtype,
-        device=device,
-    )
-    policy = add_adapter(
-        base,
-        **config.lora.model_dump(),
-        gradient_checkpointing=config.training.gradient_checkpointing,
-        seed=config.training.seed,
-    )
-    layout = _layout(config.training.layout, policy)
+    policy = _policy(config, device)
+    layout = _layout(config, policy)
     set_seed(config.training.seed)
     return GapoTrainer(
         policy,
-        training_arguments(config.training, run, device, heldout=bool(heldout_data), resuming=resuming),
+        training_arguments(
+            config.training, run, device, heldout=bool(heldout_data), resuming=resuming
+        ),
         train_data.tokenized.pairs,
         heldout_data.tokenized.pairs if heldout_data else [],
         objective=config.objective.name,
         beta=config.objective.beta,
         margin_scale=config.objective.margin_scale,
         layout=layout,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+        pad_id=tokenizer.pad_token_id
+        if tokenizer.pad_token_id is not None
+        else tokenizer.eos_token_id or 0,
         run=run,
         keep_checkpoints=config.training.keep_checkpoints,
         callbacks=[callback],
     )
 
 
+def _policy(config: RunConfig, device: torch.device) -> PeftModel:
+    """The base model with a fresh adapter."""
+    source = {
+        "revision": config.model.revision,
+        "quantization": config.model.quantization,
+        "dtype": pick_precision(config.model.precision, device),
+    }
+    adapter = {
+        **config.lora.model_dump(),
+        "gradient_checkpointing": config.training.gradient_checkpointing,
+        "seed": config.training.seed,
+    }
+    if config.model.backend == "unsloth":
+        from gapo_lite.unsloth_backend import load_unsloth_policy
+
+        return load_unsloth_policy(
+            config.model.name, max_length=config.data.max_length, **source, **adapter
+        )
+    return add_adapter(load_base(config.model.name, device=device, **source), **adapter)
+
+
 def training_arguments(
-    training: TrainingConfig, run: Run, device: torch.device, *, heldout: bool, resuming: bool = False
+    training: TrainingConfig,
+    run: Run,
+    device: torch.device,
+    *,
+    heldout: bool,
+    resuming: bool = False,
 ) -> TrainingArguments:
     """The stock trainer's arguments for our settings."""
     processes = PartialState().num_processes
@@ -294,7 +356,9 @@ def training_arguments(
         per_device_train_batch_size=training.micro_batch_size,
         per_device_eval_batch_size=training.eval_batch_size,
         gradient_accumulation_steps=training.batch_size // (training.micro_batch_size * processes),
-        lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
+        lr_scheduler_type="constant_with_warmup"
+        if training.schedule == "constant"
+        else training.schedule,
         warmup_steps=training.warmup_ratio,  # below 1 it is a share of all steps
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
@@ -312,7 +376,6 @@ def training_arguments(
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
     )
-
 
 
 def _write_beginnings(
@@ -344,7 +407,10 @@ def environment(seed: int, fingerprint: str) -> dict[str, Any]:
     """Versions, hardware, seed and data: what a reader needs to trust or repeat a run."""
     cuda = torch.cuda.is_available()
     return {
-        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in _VERSIONS}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: installed_version(name) for name in _VERSIONS},
+        },
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cuda": torch.version.cuda,
         "cpu_count": os.cpu_count(),
@@ -364,7 +430,10 @@ def installed_version(name: str) -> str | None:
 
 
 def _margins_record(
-    config: RunConfig, train_data: PreparedData, heldout_data: PreparedData | None, loaded: LoadedPairs
+    config: RunConfig,
+    train_data: PreparedData,
+    heldout_data: PreparedData | None,
+    loaded: LoadedPairs,
 ) -> dict[str, Any]:
     margins = train_data.margins
     scale = config.objective.beta if config.objective.margin_scale == "beta" else 1.0
@@ -397,7 +466,9 @@ def _margins_record(
     return record
 
 
-def _histogram(values: np.ndarray, limits: tuple[float, float] | None = None) -> dict[str, list[float]]:
+def _histogram(
+    values: np.ndarray, limits: tuple[float, float] | None = None
+) -> dict[str, list[float]]:
     counts, edges = np.histogram(values[~np.isnan(values)], bins=20, range=limits)
     return {"counts": counts.tolist(), "edges": edges.tolist()}
 
@@ -413,7 +484,11 @@ class RunCallback(TrainerCallback):
     """
 
     def __init__(
-        self, run: Run, training: TrainingConfig, tokenizer: PreTrainedTokenizerBase, show_progress: bool
+        self,
+        run: Run,
+        training: TrainingConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        show_progress: bool,
     ):
         self.run, self.training, self.tokenizer = run, training, tokenizer
         self.progress = TrainingProgress(run.name, show_progress)
@@ -434,7 +509,9 @@ class RunCallback(TrainerCallback):
         elif self._anyone_asked():
             control.should_save = control.should_training_stop = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any
+    ) -> None:
         """Shows the newest numbers."""
         self.progress.show(state.global_step, logs)
 
@@ -444,8 +521,12 @@ class RunCallback(TrainerCallback):
             return
         for prompt in self.training.sample_prompts:
             messages = [{"role": "user", "content": prompt}]
-            text = answer(model, self.tokenizer, messages, max_tokens=self.training.sample_max_tokens)
-            self.run.append("samples.jsonl", {"step": state.global_step, "prompt": prompt, "answer": text})
+            text = answer(
+                model, self.tokenizer, messages, max_tokens=self.training.sample_max_tokens
+            )
+            self.run.append(
+                "samples.jsonl", {"step": state.global_step, "prompt": prompt, "answer": text}
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Says how it ended."""
@@ -457,7 +538,9 @@ class RunCallback(TrainerCallback):
         if self.asked_to_stop:
             raise KeyboardInterrupt
         self.asked_to_stop = True
-        logger.warning("Stopping at the end of this step, then saving. Once more stops at once, without saving.")
+        logger.warning(
+            "Stopping at the end of this step, then saving. Once more stops at once, without saving."
+        )
 
     def _anyone_asked(self) -> bool:
         if PartialState().num_processes == 1:
@@ -505,19 +588,23 @@ def _status(state: str, step: int, total: int) -> dict[str, Any]:
     return {"state": state, "pid": os.getpid(), "step": step, "total": total, "heartbeat": now()}
 
 
-def _layout(wanted: str, policy: Any) -> str:
+def _layout(config: RunConfig, policy: PeftModel) -> str:
     """packed where the model can do it; says so where it cannot.
 
     Raises:
         ConfigError: packed was asked for, and the model cannot do it.
     """
+    wanted = config.training.layout
     if wanted == "padded":
-        return "padded"
-    reason = why_not_packed(policy)
+        return wanted
+    unsloth = config.model.backend == "unsloth"
+    reason = "Unsloth has its own attention" if unsloth else why_not_packed(policy)
     if not reason:
         return "packed"
     if wanted == "packed":
-        raise ConfigError(f"training.layout: packed does not work with this model: {reason}. Use auto or padded.")
+        raise ConfigError(
+            f"training.layout: packed does not work with this model: {reason}. Use auto or padded."
+        )
     logger.warning("Using the padded layout, which is slower: %s.", reason)
     return "padded"
 

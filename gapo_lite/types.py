@@ -206,7 +206,9 @@ def _moved(value: Any, device: torch.device | str, non_blocking: bool) -> Any:
     """A copy of a frozen value whose tensors (and Segments) lie on `device`."""
     parts = {f.name: getattr(value, f.name) for f in fields(value)}
     moved = {
-        name: part if part is None or isinstance(part, int | tuple) else part.to(device, non_blocking=non_blocking)
+        name: part
+        if part is None or isinstance(part, int | tuple)
+        else part.to(device, non_blocking=non_blocking)
         for name, part in parts.items()
     }
     return replace(value, **moved)

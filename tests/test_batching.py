@@ -64,7 +64,9 @@ def test_the_embedded_template_ends_a_turn_without_its_newline(smol):
 
 
 def test_the_prompt_is_what_generation_sees(smol):
-    expected = smol.apply_chat_template(user("Hi there"), add_generation_prompt=True, return_dict=True)
+    expected = smol.apply_chat_template(
+        user("Hi there"), add_generation_prompt=True, return_dict=True
+    )
     assert one(smol).prompt_ids.tolist() == expected["input_ids"]
 
 
@@ -79,7 +81,9 @@ def test_a_response_that_spells_out_a_special_token_stays_text(smol):
     assert smol.decode(ids) == "Type <|im_end|> to end.<|im_end|>"
 
 
-@pytest.mark.parametrize("text", ["é\u0301 naïve", "日本語のテキスト", "👩‍👩‍👧‍👦 family", "a\x00b", "ﷺ", "\u202eright"])
+@pytest.mark.parametrize(
+    "text", ["é\u0301 naïve", "日本語のテキスト", "👩‍👩‍👧‍👦 family", "a\x00b", "ﷺ", "\u202eright"]
+)
 def test_odd_unicode_survives(smol, text):
     assert smol.decode(one(smol, chosen=text).chosen_ids) == f"{text}<|im_end|>"
 
@@ -87,7 +91,12 @@ def test_odd_unicode_survives(smol, text):
 def test_a_long_prompt_is_cut_from_the_left_only_as_far_as_needed(smol):
     full = one(smol, prompt="word " * 100)
     longest = max(len(full.chosen_ids), len(full.rejected_ids))
-    cut = one(smol, prompt="word " * 100, max_length=len(full.prompt_ids) + longest - 7, max_prompt_length=10)
+    cut = one(
+        smol,
+        prompt="word " * 100,
+        max_length=len(full.prompt_ids) + longest - 7,
+        max_prompt_length=10,
+    )
     assert len(cut.prompt_ids) == len(full.prompt_ids) - 7
     assert cut.prompt_ids[1:].tolist() == full.prompt_ids[8:].tolist()
     assert cut.prompt_ids[0] == smol.bos_token_id  # kept
@@ -95,7 +104,9 @@ def test_a_long_prompt_is_cut_from_the_left_only_as_far_as_needed(smol):
 
 
 def test_a_prompt_longer_than_its_limit_stays_whole_while_there_is_room(smol):
-    assert len(one(smol, prompt="word " * 100, max_length=500, max_prompt_length=10).prompt_ids) > 100
+    assert (
+        len(one(smol, prompt="word " * 100, max_length=500, max_prompt_length=10).prompt_ids) > 100
+    )
 
 
 def test_then_the_response_is_cut_on_the_right(smol):
@@ -112,7 +123,10 @@ def test_then_the_response_is_cut_on_the_right(smol):
 
 
 def test_a_pair_without_room_for_a_scored_token_is_dropped_and_counted(smol):
-    pairs = [PreferencePair(user("word " * 100), "yes", "no"), PreferencePair(user("short"), "yes", "no")]
+    pairs = [
+        PreferencePair(user("word " * 100), "yes", "no"),
+        PreferencePair(user("short"), "yes", "no"),
+    ]
     out = tokenize_pairs(pairs, np.array([1.0, 2.0]), smol, max_length=50, max_prompt_length=50)
     assert (len(out.pairs), out.num_dropped, out.indices.tolist()) == (1, 1, [1])
     assert out.pairs[0].margin == 2.0
@@ -184,7 +198,12 @@ def test_the_padded_batch_of_two_pairs_literally():
         [1, 2, 20, 0, 0],  # rejected of the first
         [3, 21, 22, 0, 0],  # rejected of the second
     ]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0]]
+    assert batch.attention_mask.tolist() == [
+        [1, 1, 1, 1, 1],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0],
+    ]
     assert batch.predict_index.tolist() == [1, 2, 3, 5, 11, 15, 16]
     assert batch.target_ids.tolist() == pack(PAIRS).target_ids.tolist()
     assert batch.num_tokens == 13

@@ -31,7 +31,9 @@ def test_scale_by_hand():
 
 
 def test_shift_by_hand_can_be_negative_and_is_counted():
-    margins = estimate_margins(np.array([0.0, 1.0]), mapping="linear", normalization="shift", gamma=0.3, ef_floor=0.2)
+    margins = estimate_margins(
+        np.array([0.0, 1.0]), mapping="linear", normalization="shift", gamma=0.3, ef_floor=0.2
+    )
     assert margins.values == pytest.approx([0.8 - 0.4 + 0.3, 0.0 - 0.4 + 0.3])
     assert (margins.num_floored, margins.num_equal, margins.num_negative) == (1, 1, 1)
 
@@ -85,7 +87,9 @@ def test_numbers_that_are_no_factors_are_refused(bad):
         estimate_margins(np.array(bad))
 
 
-@pytest.mark.parametrize("bad", [{"mapping": "exp"}, {"normalization": "z"}, {"ef_floor": 0.0}, {"ef_floor": 1.5}])
+@pytest.mark.parametrize(
+    "bad", [{"mapping": "exp"}, {"normalization": "z"}, {"ef_floor": 0.0}, {"ef_floor": 1.5}]
+)
 def test_unknown_settings_are_refused(bad):
     with pytest.raises(ConfigError):
         estimate_margins(np.array([0.5]), **bad)

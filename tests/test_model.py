@@ -93,8 +93,12 @@ def test_scores_do_not_depend_on_what_else_is_in_the_batch(tiny, layout):
     pairs = random_pairs(*SHAPES)
     together = forward_logps(tiny, layout(pairs))
     alone = [forward_logps(tiny, layout([pair])) for pair in pairs]
-    torch.testing.assert_close(together.chosen, torch.cat([a.chosen for a in alone]), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(together.rejected, torch.cat([a.rejected for a in alone]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        together.chosen, torch.cat([a.chosen for a in alone]), rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        together.rejected, torch.cat([a.rejected for a in alone]), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("layout", [pack, padded])
@@ -127,7 +131,9 @@ def test_recomputed_activations_give_the_same_gradients(tiny_model, tiny):
     again = add_adapter(base, rank=4, alpha=8.0, gradient_checkpointing=True)
     again.load_state_dict(tiny.state_dict())
     assert why_not_packed(again) == ""
-    assert any(m.gradient_checkpointing for m in base.modules() if hasattr(m, "gradient_checkpointing"))
+    assert any(
+        m.gradient_checkpointing for m in base.modules() if hasattr(m, "gradient_checkpointing")
+    )
     pairs = random_pairs(*SHAPES)
     plain, recomputed = (loss_and_gradients(p, [pack(pairs)], 4)[1] for p in (tiny, again))
     torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-7)
@@ -145,7 +151,11 @@ def test_only_the_adapter_can_learn_and_starts_as_the_base(tiny_model):
 
 
 def test_every_linear_layer_but_the_head_gets_an_adapter(tiny):
-    adapted = {n.rpartition(".lora_A")[0].rpartition(".")[2] for n, _ in tiny.named_parameters() if "lora_A" in n}
+    adapted = {
+        n.rpartition(".lora_A")[0].rpartition(".")[2]
+        for n, _ in tiny.named_parameters()
+        if "lora_A" in n
+    }
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -163,7 +173,9 @@ def real_pairs_of(rows, tokenizer, count, **limits):
 def dequantised_twin(policy, base):
     """The policy with every 4-bit layer replaced by the ordinary one that holds the same numbers."""
     twin = policy_of(base)
-    twin.load_state_dict({k: v for k, v in policy.state_dict().items() if "lora_" in k}, strict=False)
+    twin.load_state_dict(
+        {k: v for k, v in policy.state_dict().items() if "lora_" in k}, strict=False
+    )
     quantised = dict(policy.named_modules())
     for name, module in twin.named_modules():
         if isinstance(module, nn.Linear) and name.endswith("base_layer"):
@@ -172,7 +184,9 @@ def dequantised_twin(policy, base):
     return twin
 
 
-def test_gradients_through_4_bits_equal_the_dequantised_model_s_before_and_after_an_evaluation(everyday_pairs):
+def test_gradients_through_4_bits_equal_the_dequantised_model_s_before_and_after_an_evaluation(
+    everyday_pairs,
+):
     policy = policy_of(load_base(SMOL, quantization="nf4", dtype=torch.float32))
     twin = dequantised_twin(policy, load_base(SMOL, quantization="none", dtype=torch.float32))
     assert why_not_packed(policy) == why_not_packed(twin) == ""
@@ -194,12 +208,16 @@ def test_gradients_through_4_bits_equal_the_dequantised_model_s_before_and_after
 def everyday_pairs():
     from gapo_lite.embedded import EMBEDDED_DATA
 
-    rows = [json.loads(line) for line in EMBEDDED_DATA["embedded:everyday"].read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in EMBEDDED_DATA["embedded:everyday"].read_text().splitlines()
+    ]
     return real_pairs_of(rows, AutoTokenizer.from_pretrained(resolve_model(SMOL)), 4)
 
 
 def test_an_already_quantised_folder_is_taken_as_it_is(tiny_model, tmp_path):
-    load_base(str(tiny_model), quantization="nf4", dtype=torch.float32).save_pretrained(tmp_path / "nf4")
+    load_base(str(tiny_model), quantization="nf4", dtype=torch.float32).save_pretrained(
+        tmp_path / "nf4"
+    )
     again = load_base(str(tmp_path / "nf4"), quantization="nf4", dtype=torch.float32)
     kinds = {type(module).__name__ for module in again.modules()}
     assert "Linear4bit" in kinds

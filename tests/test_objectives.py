@@ -11,8 +11,6 @@ from gapo_lite.objectives import OBJECTIVES, gapo_loss
 from gapo_lite.types import PairLogps
 
 
-
-
 def test_gapo_loss_by_hand():
     # β = 2: rewards -2 and -6, Δr = 4; margin 1.5 → 3 reward units; loss = -log σ(1)
     out = gapo_loss(torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([1.5]), beta=2.0)
@@ -22,7 +20,13 @@ def test_gapo_loss_by_hand():
 
 def test_margin_scale_one_is_equation_9_to_the_letter():
     # Δr = 4 as above; margin 1.5 reward units; loss = -log σ(2.5)
-    out = gapo_loss(torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([1.5]), beta=2.0, margin_scale="one")
+    out = gapo_loss(
+        torch.tensor([-1.0]),
+        torch.tensor([-3.0]),
+        torch.tensor([1.5]),
+        beta=2.0,
+        margin_scale="one",
+    )
     assert out.losses.item() == pytest.approx(math.log(1 + math.exp(-2.5)))
     with pytest.raises(ConfigError, match="margin_scale"):
         gapo_loss(torch.zeros(1), torch.zeros(1), torch.zeros(1), margin_scale="two")
@@ -54,7 +58,7 @@ def test_equation_6_equals_equation_7():
     beta = 10.0
     pair = PairLogps(sums[0], sums[1], lengths[0], lengths[1])
     ours = gapo_loss(pair.chosen_avg, pair.rejected_avg, -ef.log(), beta=beta).losses
-    denominator = ef**lengths[1]
+    denominator = ef ** lengths[1]
     equation_7 = -logsigmoid(
         beta / lengths[0] * sums[0] - beta / lengths[1] * (sums[1].exp() / denominator).log()
     )
@@ -74,18 +78,23 @@ def test_gradients_equal_finite_differences():
     margin = torch.rand(4, dtype=torch.float64)
     for scale in ("beta", "one"):
         assert torch.autograd.gradcheck(
-            lambda w, l, scale=scale: gapo_loss(w, l, margin, beta=2.0, margin_scale=scale).losses, inputs
+            lambda w, l, scale=scale: gapo_loss(w, l, margin, beta=2.0, margin_scale=scale).losses,
+            inputs,
         )
 
 
 def test_objectives_divide_by_the_scored_tokens():
     # sums -4 over 2 tokens and -12 over 4 tokens: averages -2 and -3; β = 1: Δr = 1, margin 0.25
-    pair = PairLogps(torch.tensor([-4.0]), torch.tensor([-12.0]), torch.tensor([2]), torch.tensor([4]))
+    pair = PairLogps(
+        torch.tensor([-4.0]), torch.tensor([-12.0]), torch.tensor([2]), torch.tensor([4])
+    )
     out = OBJECTIVES["gapo"].fn(pair, torch.tensor([0.25]), 1.0, "beta")
     assert out.losses.item() == pytest.approx(math.log(1 + math.exp(-0.75)))
 
 
 def test_extreme_rewards_stay_finite():
-    out = gapo_loss(torch.tensor([0.0, -1e4]), torch.tensor([-1e4, 0.0]), torch.tensor([0.3, 0.3]), beta=100.0)
+    out = gapo_loss(
+        torch.tensor([0.0, -1e4]), torch.tensor([-1e4, 0.0]), torch.tensor([0.3, 0.3]), beta=100.0
+    )
     assert torch.isfinite(out.losses).all()
     assert out.losses[0] == 0.0

@@ -8,6 +8,7 @@ The naive equivalent of `bert_scores(chosen, rejected, model=…, layer=…)` is
 Where bert-score has no number, there is one here: its NaN for a text of special tokens alone is 0;
 an empty text, which it cannot encode under transformers 5, scores 0 as it did under 4; a lone
 surrogate is read as "?"; an encoder whose tokenizer names no limit is cut at its last position.
+A negative precision or recall, too, is 0 here, and so is its F1.
 bert-score means to put a space before RoBERTa's first word, but transformers 5 ignores it: equality
 is with bert-score as it runs under transformers 5, so there is no space here either.
 """
@@ -42,6 +43,8 @@ from gapo_lite.errors import ConfigError, ModelError
 logger = logging.getLogger(__name__)
 
 BATCHES_PER_CHUNK = 4  # of pairs; one chunk's vectors are what is in memory
+
+TOKENS_PER_BATCH = 4096  # fills a GPU, and pads less than a full batch of long texts would
 
 # The layers that agree best with people's judgement, from `model2layers` in bert_score/utils.py,
 # version 0.3.13: its encoders that are in wide use, some under their present name on the Hub too.
@@ -108,8 +111,9 @@ def bert_scores(
         rejected: N candidates.
         model: a key of LAYERS, another encoder on the Hub, or a local folder.
         layer: whose vectors are compared, from 1; None where LAYERS has the model.
-        batch_size: texts that go through the encoder together, and pairs that bert-score would pad
-            to one length: very dissimilar tokens count a little differently by that, see _match.
+        batch_size: the most texts that go through the encoder together, and the pairs that
+            bert-score would pad to one length, by which very dissimilar tokens count a little
+            differently (see _match).
         device: None takes the GPU where there is one.
         progress: called with (pairs done, N) whenever a chunk is finished.
 
@@ -120,9 +124,9 @@ def bert_scores(
         ConfigError: no layer is known for the model, it has fewer, or there is no such device.
         ModelError: the encoder cannot be loaded.
     """
-    scores = np.zeros((len(chosen), 3))
     if not len(chosen):
-        return scores
+        return np.zeros((0, 3))
+    matches = np.zeros((len(chosen), 2))  # P and R
     encoder = load_encoder(model, layer, device)
     num_truncated = num_empty = 0
     for start in range(0, len(chosen), BATCHES_PER_CHUNK * batch_size):
@@ -130,14 +134,14 @@ def bert_scores(
         texts = encoder.encode([*chosen[place], *rejected[place]], batch_size)
         candidates = [texts[text] for text in rejected[place]]
         references = [texts[text] for text in chosen[place]]
-        scores[place] = _match(candidates, references, batch_size)
+        matches[place] = _match(candidates, references, batch_size)
         pairs = list(zip(candidates, references, strict=True))
         num_truncated += sum(a.truncated or b.truncated for a, b in pairs)
         num_empty += sum(a.empty or b.empty for a, b in pairs)
         if progress is not None:
             progress(place.stop, len(chosen))
     _warn(len(chosen), num_truncated, num_empty, encoder.limit)
-    return np.clip(np.nan_to_num(scores, nan=0.0), 0.0, 1.0)
+    return _with_f1(np.clip(np.nan_to_num(matches, nan=0.0), 0.0, 1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +179,11 @@ class Encoder:
     def encode(self, texts: Sequence[str], batch_size: int) -> dict[str, Encoded]:
         """Token vectors of each different text, computed in batches of texts of like length."""
         tokens = self._tokens(list(dict.fromkeys(texts)))
-        longest_first = sorted(tokens, key=lambda text: len(tokens[text][0]), reverse=True)
+        longest_first = sorted(tokens, key=lambda text: -len(tokens[text][0]))
         encoded: dict[str, Encoded] = {}
-        for start in range(0, len(tokens), batch_size):
-            batch = longest_first[start : start + batch_size]
+        lengths = [len(tokens[text][0]) for text in longest_first]
+        for batch_of in _batches(lengths, batch_size):
+            batch = longest_first[batch_of]
             ids = [torch.tensor(tokens[text][0], device=self.network.device) for text in batch]
             for text, row, vectors in zip(batch, ids, self._vectors(ids), strict=True):
                 encoded[text] = Encoded(vectors, self._weights(row), tokens[text][1])
@@ -246,10 +251,20 @@ def load_encoder(model: str, layer: int | None, device: str | None) -> Encoder:
     return Encoder(tokenizer, network.eval().to(place), _limit(tokenizer, config))
 
 
+def _batches(lengths: list[int], batch_size: int) -> Iterator[slice]:
+    """Slices of at most `batch_size` texts and TOKENS_PER_BATCH tokens; lengths must not rise."""
+    start = 0
+    while start < len(lengths):
+        fitting = max(1, TOKENS_PER_BATCH // lengths[start])
+        stop = min(start + min(fitting, batch_size), len(lengths))
+        yield slice(start, stop)
+        start = stop
+
+
 def _match(
     candidates: list[Encoded], references: list[Encoded], batch_size: int
 ) -> NDArray[np.float32]:
-    """P, R and F1 (P, 3) of P pairs.
+    """P and R of each pair, (pairs, 2).
 
     In bert-score a text that is shorter than the longest of its kind in the batch is padded by
     tokens whose similarity to any other is 0: then a token that is dissimilar to all tokens of that
@@ -270,15 +285,22 @@ def _match(
 def _match_pair(
     candidate: Encoded, reference: Encoded, candidate_padded: bool, reference_padded: bool
 ) -> Tensor:
-    """(3,): P, R and F1 by matching each token with the most similar one of the other text."""
+    """(2,): P and R by matching each token with the most similar one of the other text."""
     similarity = candidate.vectors @ reference.vectors.T  # (candidate's T, reference's T)
     if candidate.empty or reference.empty:
-        return similarity.new_zeros(3)
+        return similarity.new_zeros(2)
     of_candidate = similarity.amax(dim=1).clamp(min=0.0 if reference_padded else -1.0)
     of_reference = similarity.amax(dim=0).clamp(min=0.0 if candidate_padded else -1.0)
     precision = (of_candidate * candidate.weights).sum() / candidate.weights.sum()
     recall = (of_reference * reference.weights).sum() / reference.weights.sum()
-    return torch.stack((precision, recall, 2 * precision * recall / (precision + recall)))
+    return torch.stack((precision, recall))
+
+
+def _with_f1(matches: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N, 2) of P and R → (N, 3) of P, R and F1."""
+    product, total = matches.prod(axis=1), matches.sum(axis=1)
+    f1 = np.divide(2 * product, total, out=np.zeros(len(matches)), where=total > 0)
+    return np.column_stack((matches, f1))
 
 
 def _device(name: str | None) -> torch.device:
@@ -345,10 +367,8 @@ def _first_line(error: Exception) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bar, and no table of the layers that are left out on purpose."""
-    verbosity, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

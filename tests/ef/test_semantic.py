@@ -43,20 +43,16 @@ def assert_equal_to_bert_score(chosen: list[str], rejected: list[str]) -> None:
 
 def test_scores_equal_bert_score_on_real_pairs(real_rows):
     # Not the longest, to save time: `benchmarks/ef_scoring.py` takes any 64 of them.
-    short = [row for row in real_rows if len(row["chosen"]) < 900 and len(row["rejected"]) < 900]
+    short = [row for row in real_rows if len(row["chosen"]) < 500 and len(row["rejected"]) < 500]
     rows = random.Random(0).sample(short, 64)
     chosen, rejected = [row["chosen"] for row in rows], [row["rejected"] for row in rows]
     assert_equal_to_bert_score(chosen, rejected)
 
 
 def test_scores_equal_bert_score_on_odd_texts():
-    long = "The river runs past the old mill and on to the sea. " * 60  # some 780 tokens
     pairs = [
         ("I love it 😀👩‍👩‍👧🇩🇪", "I hate it 😡"),
         ("😀", "😡"),
-        (long + "The end.", long + "No end."),
-        (long, "The river runs past the old mill."),
-        ("no", long),
         ("  \n spaces around\t", "spaces around"),
         ("\u3000\x1c\x85wide spaces\xa0", "wide spaces"),
         ("你好，世界", "世界，你好"),
@@ -68,6 +64,13 @@ def test_scores_equal_bert_score_on_odd_texts():
         ("x", "y"),
     ]
     assert_equal_to_bert_score([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+
+
+def test_texts_beyond_the_limit_are_cut_as_bert_score_cuts_them():
+    long = "The river runs past the old mill and on to the sea. " * 60  # some 780 tokens
+    chosen = [long + "The end.", long, "no"]
+    rejected = ["From here, " + long, "The river runs past the old mill.", long]
+    assert_equal_to_bert_score(chosen, rejected)
 
 
 def test_an_empty_text_scores_zero_as_in_bert_score(monkeypatch, caplog):

@@ -1,0 +1,48 @@
+# GaPO-Lite. `make help` lists what there is.
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do command -v $$p && break; done | head -n 1)
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: .venv/.ready ## Make .venv with everything that training needs
+
+demo: setup ## Train the embedded model with GaPO in 4 bits (CPU or GPU) and show what changed
+	$(BIN)/gapo-lite demo
+
+test: check ## Set up, check and run all tests
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/.ready-dev ## Lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.ready-dev ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.ready-dev ## Print what README claims about speed and memory (CPU, about 20 minutes)
+	$(BIN)/python benchmarks/ef_scoring.py
+	$(BIN)/python benchmarks/training_step.py
+
+clean: ## Remove .venv and caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch comes first and alone: given a range, or as a dependency of others, pip may take another, larger build.
+.venv/.ready: requirements.txt requirements-embedded.txt pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-embedded.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+.venv/.ready-dev: .venv/.ready requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	touch $@

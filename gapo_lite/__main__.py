@@ -1,0 +1,5 @@
+"""`python -m gapo_lite`, the same as `gapo-lite` (and what `accelerate launch -m gapo_lite` runs)."""
+
+from gapo_lite.cli import main
+
+main()

@@ -1,0 +1,271 @@
+"""Conversations with a run or a model: turns, the base model beside the tuned one, and the loop of `gapo-lite chat`.
+
+conversation = Conversation(load_voice("demo", Path("runs")))
+for piece in conversation.ask("What is a leap year?"): ...
+for piece in conversation.ask_base(): ...       # the same question, without the adapter
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gapo_lite.batching import render_prompt, turn_ending
+from gapo_lite.compare import load_policy
+from gapo_lite.config import parse_config
+from gapo_lite.errors import ConfigError, DataError, GapoError
+from gapo_lite.generate import stream_answer
+from gapo_lite.model import Policy, load_base, load_tokenizer, pick_device, pick_precision
+from gapo_lite.runs import Run, open_run
+from gapo_lite.terminal import note, visible
+from gapo_lite.types import Message
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+HELP = """\
+/base           answer the last question again without the adapter
+/base QUESTION  ask the base model; neither question nor answer stays in the conversation
+/reset          forget the conversation
+/system TEXT    set the system message (without TEXT: remove it)
+/help           this list
+/quit           leave (also Ctrl-D); Ctrl-C stops an answer"""
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """Who answers.
+
+    Attributes:
+        name: of the run or model.
+        tokenizer: with a chat template.
+        model: the policy, in eval mode.
+        tuned: the same where it has an adapter that can be left out, else None.
+        context: tokens that question and answer may have together; None if the model does not say.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    model: Policy
+    tuned: PeftModel | None
+    context: int | None
+
+
+def load_voice(name: str, runs_dir: Path) -> Voice:
+    """A run (its name or folder) or a model (embedded name, folder or Hub id), ready to answer.
+
+    On a CPU the base is not quantised: NF4 would answer ten times slower.
+
+    Raises:
+        GapoError: there is no such run or model, the run has saved nothing, or something of it cannot be loaded.
+    """
+    run = find_run(name, runs_dir)
+    config = run.config().model if run else parse_config({"model": {"name": name}}).model
+    adapter = run.trained_adapter() if run else None
+    tokenizer = load_tokenizer(config.name, config.revision)
+    turn_ending(tokenizer)  # a model without chat template is refused before it is loaded
+    device = pick_device()
+    quantization = "none" if device.type == "cpu" else config.quantization
+    dtype = pick_precision(config.precision, device)
+    if run and adapter:
+        tuned = load_policy(run.config(), adapter, quantization, dtype, device)
+        return Voice(run.name, tokenizer, tuned, tuned, _context(tuned))
+    base = load_base(config.name, quantization=quantization, dtype=dtype, device=device).eval()
+    return Voice(name, tokenizer, base, None, _context(base))
+
+
+def find_run(name: str, runs_dir: Path) -> Run | None:
+    """The run of that name or folder; None where the name can only mean a model.
+
+    Raises:
+        RunError: it means a run, which is not there.
+    """
+    is_run = any((path / "config.yaml").is_file() for path in (runs_dir / name, Path(name)))
+    means_model = name.startswith("embedded:") or Path(name).is_dir()
+    means_hub_id = name.count("/") == 1 and not Path(name).parent.is_dir()
+    return None if not is_run and (means_model or means_hub_id) else open_run(name, runs_dir)
+
+
+def _context(model: Policy) -> int | None:
+    return model.config.get_text_config().to_dict().get("max_position_embeddings")
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Turns with one voice; the oldest are dropped when they no longer fit the model's context.
+
+    Attributes:
+        voice: who answers.
+        system: the system message, "" for none.
+        temperature: 0 takes the likeliest token each time.
+        top_p: share of probability that is sampled from.
+        max_tokens: longest answer, in tokens.
+        seed: of the sampling; each question adds one.
+        tell: hears about dropped turns.
+        turns: questions and answers so far, without the system message.
+        asked: what the last answer was an answer to, as `turns` then were; [] at the start.
+    """
+
+    voice: Voice
+    system: str = ""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    seed: int = 0
+    tell: Callable[[str], None] = note
+    turns: list[Message] = field(default_factory=list)
+    asked: list[Message] = field(default_factory=list)
+
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """Pieces of the answer. What was answered when the iterator is closed stays in the conversation.
+
+        Raises:
+            GapoError: the question does not fit, or the chat template refuses the conversation.
+        """
+        self.asked = self._fitting([*self.turns, {"role": "user", "content": question}])
+        text = ""
+        with closing(self._stream(self.asked)) as pieces:
+            try:
+                for piece in pieces:
+                    text += piece
+                    yield piece
+            finally:
+                if text:
+                    self.turns = [*self.asked, {"role": "assistant", "content": text}]
+
+    def ask_base(self, question: str = "") -> Generator[str, None, None]:
+        """Pieces of the answer without the adapter, to a question or to the last one; nothing is kept of it.
+
+        Raises:
+            GapoError: see `ask`; or nothing was asked yet, or there is no adapter.
+        """
+        tuned = self.voice.tuned
+        if tuned is None:
+            raise ConfigError(
+                f"{self.voice.name} is a base model itself: it has no adapter to leave out."
+            )
+        if not question and not self.asked:
+            raise ConfigError(
+                "nothing has been asked yet: ask a question first, or write /base QUESTION."
+            )
+        turns = (
+            self._fitting([*self.turns, {"role": "user", "content": question}])
+            if question
+            else self.asked
+        )
+        with tuned.disable_adapter(), closing(self._stream(turns)) as pieces:
+            yield from pieces
+
+    def reset(self) -> None:
+        """Forgets all turns; the system message stays."""
+        self.turns, self.asked = [], []
+
+    def _stream(self, turns: list[Message]) -> Generator[str, None, None]:
+        yield from stream_answer(
+            self.voice.model,
+            self.voice.tokenizer,
+            self._with_system(turns),
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed + len(turns) // 2,
+        )
+
+    def _with_system(self, turns: list[Message]) -> list[Message]:
+        return [{"role": "system", "content": self.system}, *turns] if self.system else turns
+
+    def _fitting(self, turns: list[Message]) -> list[Message]:
+        """The turns without the oldest questions and answers that the context has no room for."""
+        kept = turns
+        if self.voice.context is None:
+            return kept
+        while (length := self._num_tokens(kept)) + self.max_tokens > self.voice.context:
+            if len(kept) == 1:
+                raise DataError(
+                    f"the question has {length} tokens with its system message and the answer may have "
+                    f"{self.max_tokens}, but {self.voice.name} reads {self.voice.context} tokens at once. Shorten the "
+                    "question, or lower --max-tokens."
+                )
+            kept = kept[2:]
+        if dropped := len(turns) - len(kept):
+            self.tell(
+                f"(the conversation no longer fits into {self.voice.context} tokens: the oldest {dropped} turns are "
+                "forgotten)"
+            )
+        return kept
+
+    def _num_tokens(self, turns: list[Message]) -> int:
+        text = render_prompt(self.voice.tokenizer, self._with_system(turns))
+        return len(self.voice.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+# -- the loop of `gapo-lite chat` --
+
+
+def talk(conversation: Conversation) -> None:
+    """Reads lines from stdin and answers on stdout until the end; a pipe gets the answers alone, without prompts."""
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        import readline  # noqa: F401 — gives input() its line editing and history
+
+        note(f"Talking with {conversation.voice.name}. /help lists the commands; Ctrl-D leaves.")
+    while (line := _read_line("you> " if terminal else "")) is not None:
+        if not line.strip():
+            continue
+        try:
+            if _obey(conversation, line.strip(), terminal):
+                return
+        except GapoError as error:
+            note(f"error: {error}")
+
+
+def _read_line(prompt: str) -> str | None:
+    """None at the end of the input, or at Ctrl-C."""
+    try:
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+        if prompt:
+            print()
+        return None
+
+
+def _obey(conversation: Conversation, line: str, terminal: bool) -> bool:
+    """Does what a line asks for; True to leave."""
+    command, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if not command.startswith("/"):
+        _speak(conversation.ask(line), conversation.voice.name if terminal else "")
+    elif command == "/base":
+        _speak(conversation.ask_base(rest), "base" if terminal else "")
+    elif command == "/reset":
+        conversation.reset()
+        note("(the conversation is forgotten)")
+    elif command == "/system":
+        conversation.system = rest
+        note("(the system message is set)" if rest else "(there is no system message now)")
+    elif command == "/help":
+        print(HELP)
+    elif command == "/quit":
+        return True
+    else:
+        note(f"There is no command {command}.\n{HELP}")
+    return False
+
+
+def _speak(answer: Generator[str, None, None], speaker: str) -> None:
+    """Prints the pieces as they come; Ctrl-C stops this answer only."""
+    if speaker:
+        print(f"{speaker}> ", end="", flush=True)
+    try:
+        with closing(answer) as pieces:
+            for piece in pieces:
+                print(visible(piece), end="", flush=True)
+        print(flush=True)
+    except KeyboardInterrupt:
+        print(flush=True)
+        note("(stopped)")

@@ -1,0 +1,562 @@
+"""The command line: `gapo-lite train | score | evaluate | generate | chat | export | runs | doctor`.
+
+Each command reads its options, calls one function of the package and prints what came back. What is a person's to mend
+is printed as `error: …` with exit code 2; Ctrl-C exits with 130; everything else keeps its traceback. The modules that
+import torch are imported by the commands that need them, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from gapo_lite.errors import ConfigError, DataError, GapoError, RunError
+from gapo_lite.outputs import check_out, whole_file
+from gapo_lite.terminal import is_main_process, log_to_stderr, note, show_error, show_table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gapo_lite.chat import Conversation
+    from gapo_lite.compare import Comparison
+    from gapo_lite.config import RunConfig
+    from gapo_lite.overview import RunOverview
+    from gapo_lite.runs import Run
+    from gapo_lite.types import LoadedPairs
+
+logger = logging.getLogger(__name__)
+
+EXIT_STOPPED = 130
+"""Of a training that Ctrl-C or SIGTERM stopped, so that `train && export` does not go on."""
+
+
+def main() -> None:
+    """Entry point of `gapo-lite`: silences the libraries, then runs the command."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    logging.getLogger().addHandler(
+        logging.NullHandler()
+    )  # else Python prints the warnings that nobody handles
+    app(prog_name="gapo-lite")
+
+
+class _Commands(TyperGroup):
+    """Prints a person's mistakes as one message, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with log_to_stderr():
+            try:
+                return super().invoke(ctx)
+            except GapoError as error:
+                show_error(error)
+        raise typer.Exit(2)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Align a chat model with GaPO by 4-bit QLoRA, look at the result, and share it.",
+)
+
+RunsDir = Annotated[Path, typer.Option(help="Folder of all runs.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder.")]
+RunOrModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|MODEL", help="A run's name or folder, or a model: Hub id, folder or embedded:…"
+    ),
+]
+Temperature = Annotated[
+    float, typer.Option(min=0, max=10, help="0 takes the likeliest token each time.")
+]
+TopP = Annotated[
+    float, typer.Option(min=0.01, max=1, help="Share of probability that is sampled from.")
+]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampling.")]
+
+
+# -- train --
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML file; recipes lie in configs/.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Overrides a setting, as in margin.gamma=0.5. Repeatable.",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the new run; else the config file's.")
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Go on with this run, by name or folder.")
+    ] = None,
+) -> None:
+    """Train an adapter, or go on with a run that was stopped."""
+    resolved = _resolved_config(config, settings or [], name, runs_dir, resume)
+    from gapo_lite import training
+
+    run = training.train(
+        resolved,
+        name=name,
+        runs_dir=runs_dir,
+        resume=resume,
+        default_name=config.stem if config else "run",
+        show_progress=is_main_process(),
+    )
+    if not is_main_process():
+        return
+    _say_what_next(run)
+    if run.state() != "finished":
+        raise typer.Exit(EXIT_STOPPED)
+
+
+def _resolved_config(
+    config: Path | None, settings: list[str], name: str | None, runs_dir: Path, resume: str | None
+) -> RunConfig:
+    from gapo_lite.config import load_config
+    from gapo_lite.runs import open_run
+
+    if resume is None:
+        if config is None:
+            raise ConfigError(
+                "train needs a configuration: gapo-lite train configs/demo.yaml, or --resume RUN."
+            )
+        return load_config(config, settings)
+    if name is not None:
+        raise ConfigError(
+            f"--name {name} with --resume {resume}: a run keeps its name. Leave one of them out."
+        )
+    run = open_run(resume, runs_dir)
+    own = run.config()
+    if config is not None or settings:
+        _check_same_settings(run, own, load_config(config or run.path / "config.yaml", settings))
+    if run.state() == "finished":
+        raise RunError(
+            f"the run {run.name} is finished, so there is nothing to go on with. Use it (gapo-lite chat {run.path}), or "
+            "start a new run."
+        )
+    return own
+
+
+def _check_same_settings(run: Run, own: RunConfig, given: RunConfig) -> None:
+    from gapo_lite.config import setting_keys
+
+    values = [config.model_dump(mode="json") for config in (own, given)]
+    lines = []
+    for key in setting_keys():
+        section, _, last = key.partition(".")
+        before, now = (value[section][last] for value in values)
+        if before != now:
+            lines.append(f"  {key}: the run has {before!r}, given is {now!r}")
+    if lines:
+        raise ConfigError(
+            f"the run {run.name} was begun with other settings, so it cannot go on exactly with these.\n"
+            + "\n".join(lines)
+            + f"\nGo on with its own (gapo-lite train --resume {run.path}), or start a new run without --resume."
+        )
+
+
+def _say_what_next(run: Run) -> None:
+    status, state = run.read("status.json"), run.state()
+    typer.echo(f"{run.path}: {state}, {status['step']} of {status['total']} steps.")
+    if state != "finished":
+        typer.echo(f"  go on with it            gapo-lite train --resume {run.path}")
+    typer.echo(f"  chat with it             gapo-lite chat {run.path}")
+    typer.echo(f"  compare with its base    gapo-lite evaluate {run.path}")
+
+
+# -- score --
+
+
+@app.command()
+def score(
+    file: Annotated[
+        str, typer.Argument(help="A file, folder, Hub id or embedded:… of preference pairs.")
+    ],
+    out: Annotated[Path, typer.Option(help="Where the scores go: .jsonl, .csv or .npy.")],
+    ef: Annotated[
+        str,
+        typer.Option(
+            help="jaccard, rouge1, rouge2, rougeL, bertscore_p, bertscore_r, bertscore_f1."
+        ),
+    ] = ("rougeL"),
+    split: Annotated[str, typer.Option(help="Split of a Hub id or datasets folder.")] = "train",
+    use_stemmer: Annotated[
+        bool, typer.Option("--use-stemmer", help="Porter stemmer, for jaccard and ROUGE.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Encoder for BERTScore.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer of the encoder.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Texts the encoder reads at once.")] = None,
+) -> None:
+    """Write the evaluation factor of each pair: how alike chosen and rejected are."""
+    from gapo_lite.data import load_pairs
+    from gapo_lite.data.report import describe_problems
+    from gapo_lite.ef import check_options
+    from gapo_lite.ef.cache import cached_scores
+    from gapo_lite.progress import scoring_progress
+
+    given = {
+        "use_stemmer": use_stemmer or None,
+        "model": model,
+        "layer": layer,
+        "batch_size": batch_size,
+    }
+    options = {key: value for key, value in given.items() if value is not None}
+    check_options(ef, options)
+    if out.suffix not in _SCORE_FILES:
+        raise ConfigError(
+            f"--out {out}: its name must end with {', '.join(_SCORE_FILES)}, which decides the format."
+        )
+    check_out(out, file)
+    loaded = load_pairs(file, split=split)
+    if loaded.problems:
+        logger.warning("%s", describe_problems(loaded))
+    with scoring_progress(ef, enabled=True) as progress:
+        scores = cached_scores(
+            [p.chosen for p in loaded.pairs],
+            [p.rejected for p in loaded.pairs],
+            ef,
+            options,
+            progress,
+        )
+    with whole_file(out) as part:
+        _SCORE_FILES[out.suffix](part, [p.line for p in loaded.pairs], scores)
+    _say_scores(loaded, ef, scores)
+    typer.echo(f"written to {out}")
+
+
+def _write_jsonl_scores(path: Path, lines: list[int], scores: np.ndarray) -> None:
+    rows = zip(lines, scores.tolist(), strict=True)
+    path.write_text("".join(json.dumps({"line": line, "ef": ef}) + "\n" for line, ef in rows))
+
+
+def _write_csv_scores(path: Path, lines: list[int], scores: np.ndarray) -> None:
+    rows = zip(lines, scores.tolist(), strict=True)
+    path.write_text("line,ef\n" + "".join(f"{line},{ef!r}\n" for line, ef in rows))
+
+
+def _write_npy_scores(path: Path, lines: list[int], scores: np.ndarray) -> None:
+    import numpy as np
+
+    with path.open("wb") as file:
+        np.save(file, scores, allow_pickle=False)
+
+
+_SCORE_FILES: dict[str, Callable[[Path, list[int], np.ndarray], None]] = {
+    ".jsonl": _write_jsonl_scores,
+    ".csv": _write_csv_scores,
+    ".npy": _write_npy_scores,
+}
+
+
+def _say_scores(loaded: LoadedPairs, ef: str, scores: np.ndarray) -> None:
+    import numpy as np
+
+    from gapo_lite.data.report import describe_counts
+    from gapo_lite.ef import EVALUATION_FACTORS, count_unseen
+
+    typer.echo(describe_counts(loaded))
+    quantiles = np.quantile(scores, [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1])
+    names = ("least", "10%", "25%", "median", "75%", "90%", "most")
+    spread = "  ".join(f"{name} {value:.4f}" for name, value in zip(names, quantiles, strict=True))
+    typer.echo(f"{ef}: mean {scores.mean():.4f}  {spread}")
+    typer.echo(
+        f"EF = 0 (nothing in common): {(scores == 0).sum():,}  EF = 1 (the same): {(scores == 1).sum():,}"
+    )
+    if EVALUATION_FACTORS[ef].family != "lexical":
+        return
+    if unseen := count_unseen([p.chosen for p in loaded.pairs], [p.rejected for p in loaded.pairs]):
+        logger.warning(
+            "%d of %d pairs have a text without any letter a to z or digit, which is all that %s sees: they score 0 "
+            "however alike they are. For such languages use a BERTScore.",
+            unseen,
+            len(scores),
+            ef,
+        )
+
+
+# -- evaluate --
+
+
+@app.command()
+def evaluate(
+    run: RunName,
+    runs_dir: RunsDir = Path("runs"),
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pairs a forward pass; else the run's.")
+    ] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Also write the numbers here.")
+    ] = None,
+) -> None:
+    """Compare a run's base model with the tuned one on the held-out pairs."""
+    from gapo_lite.runs import open_run
+
+    opened = open_run(run, runs_dir)
+    if json_out:
+        check_out(json_out)
+    opened.trained_adapter()  # a run that has saved nothing is told before torch is loaded
+    from gapo_lite.compare import compare
+    from gapo_lite.progress import scoring_progress
+
+    with scoring_progress("held-out pairs, base and tuned", enabled=True) as progress:
+        comparison = compare(opened, batch_size=batch_size, progress=progress)
+    _show_comparison(comparison)
+    if json_out:
+        text = json.dumps(asdict(comparison), indent=1, ensure_ascii=False) + "\n"
+        with whole_file(json_out) as part:
+            part.write_text(text, encoding="utf-8")
+
+
+def _show_comparison(comparison: Comparison) -> None:
+    base, tuned = comparison.base, comparison.tuned
+    rows = [
+        ("held-out accuracy", *_change(base, tuned, "rewards/accuracies", "{:.1%}", "{:+.1%}")),
+        ("reward margin", *_change(base, tuned, "rewards/margins", "{:.4f}", "{:+.4f}")),
+        ("target margin, in reward units", *[f"{comparison.target_reward_margin:.4f}"] * 2, ""),
+        ("target margin", *[f"{comparison.target_margin:.4f}"] * 2, ""),
+        (
+            "logps chosen, average a token",
+            *_change(base, tuned, "logps/chosen", "{:.4f}", "{:+.4f}"),
+        ),
+        (
+            "logps rejected, average a token",
+            *_change(base, tuned, "logps/rejected", "{:.4f}", "{:+.4f}"),
+        ),
+        ("loss", *_change(base, tuned, "loss", "{:.4f}", "{:+.4f}")),
+        ("pairs", str(comparison.num_pairs), str(comparison.num_pairs), ""),
+    ]
+    title = (
+        f"{comparison.run}, step {comparison.step} ({comparison.objective}, γ {comparison.gamma:g})"
+    )
+    show_table(("", "base", "tuned", "change"), rows, title)
+    if comparison.by_ef:
+        show_table(
+            (f"accuracy by {comparison.metric}", "pairs", "base", "tuned", "change"),
+            [
+                (
+                    f"{group.low:.3f} to {group.high:.3f}",
+                    str(group.num_pairs),
+                    f"{group.base_accuracy:.1%}",
+                    f"{group.tuned_accuracy:.1%}",
+                    f"{group.tuned_accuracy - group.base_accuracy:+.1%}",
+                )
+                for group in comparison.by_ef
+            ],
+        )
+
+
+def _change(
+    base: dict[str, float], tuned: dict[str, float], key: str, value: str, change: str
+) -> tuple[str, str, str]:
+    return value.format(base[key]), value.format(tuned[key]), change.format(tuned[key] - base[key])
+
+
+# -- generate and chat --
+
+
+@app.command()
+def generate(
+    name: RunOrModel,
+    out: Annotated[Path, typer.Option(help="A .jsonl file for the answers.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt. Repeatable.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A .txt (a prompt a line) or .jsonl (with `prompt`).")
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    max_tokens: MaxTokens = 256,
+    seed: Seed = 0,
+) -> None:
+    """Answer prompts: by base and tuned model for a run, else by the model."""
+    questions = [*(prompt or []), *(_read_prompts(prompts) if prompts else [])]
+    if not questions:
+        raise ConfigError("there is nothing to answer: give --prompt TEXT or --prompts FILE.")
+    check_out(out, prompts or "")
+    from rich.console import Console
+    from rich.progress import track
+
+    from gapo_lite.chat import Conversation, load_voice
+
+    voice = load_voice(name, runs_dir)
+    rows = []
+    silent = not sys.stderr.isatty()
+    for question in track(questions, "answering", console=Console(stderr=True), disable=silent):
+        conversation = Conversation(
+            voice, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, tell=note
+        )
+        rows.append({"prompt": question, **_answers(conversation, question)})
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with whole_file(out) as part:
+        part.write_text(text, encoding="utf-8")
+    typer.echo(f"{len(rows)} prompts answered, written to {out}")
+
+
+def _answers(conversation: Conversation, question: str) -> dict[str, str]:
+    if conversation.voice.tuned is None:
+        return {"answer": "".join(conversation.ask(question))}
+    base = "".join(conversation.ask_base(question))
+    return {"base": base, "tuned": "".join(conversation.ask(question))}
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = list(enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"the prompts in {path} cannot be read: {error}. Give a UTF-8 .txt or .jsonl file."
+        ) from None
+    lines = [(number, line) for number, line in lines if line.strip()]
+    if path.suffix != ".jsonl":
+        return [line.strip() for _, line in lines]
+    return [_prompt_of(path, number, line) for number, line in lines]
+
+
+def _prompt_of(path: Path, number: int, line: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError(
+            f'{path}:{number}: expected an object such as {{"prompt": "What is a leap year?"}}.'
+        )
+    return prompt
+
+
+@app.command()
+def chat(
+    name: RunOrModel,
+    runs_dir: RunsDir = Path("runs"),
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    max_tokens: MaxTokens = 256,
+    seed: Seed = 0,
+) -> None:
+    """Talk with a run, and with its base model by /base; or with a model."""
+    from gapo_lite.chat import Conversation, load_voice, talk
+
+    talk(Conversation(load_voice(name, runs_dir), system, temperature, top_p, max_tokens, seed))
+
+
+# -- export, runs, doctor --
+
+
+@app.command()
+def export(
+    run: RunName,
+    merged: Annotated[
+        bool | None,
+        typer.Option(
+            "--merged/--adapter",
+            help="The base model with the adapter merged in, or the adapter alone.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New folder; else exports/RUN-merged or exports/RUN-adapter."),
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Write a run's adapter, or the merged model, with a model card."""
+    if merged is None:
+        raise ConfigError(
+            "say what to export: --merged (base and adapter in one model) or --adapter (the adapter alone)."
+        )
+    from gapo_lite.runs import open_run
+
+    opened = open_run(run, runs_dir)
+    opened.trained_adapter()
+    from gapo_lite.export import export_run
+
+    kind = "merged" if merged else "adapter"
+    folder = export_run(
+        opened, merged=merged, out=out or Path("exports") / f"{opened.path.resolve().name}-{kind}"
+    )
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    typer.echo(f"{folder}: {size / 2**20:,.1f} MiB. Its README.md says how to load it.")
+
+
+@app.command()
+def runs(
+    runs_dir: RunsDir = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List all runs."""
+    from gapo_lite.overview import overview
+
+    rows = overview(runs_dir)
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False))
+    elif not rows:
+        typer.echo(f"{runs_dir} holds no runs yet: gapo-lite train configs/demo.yaml")
+    else:
+        settings = ("objective", "EF", "γ", "target", "β")
+        results = ("step", "accuracy", "reward margin", "started")
+        show_table(("name", "state", *settings, *results), [_run_cells(row) for row in rows])
+        for row in rows:
+            if row.problem:
+                note(f"{row.path} is damaged: {row.problem}")
+
+
+def _run_cells(row: RunOverview) -> list[str]:
+    if row.problem:
+        return [row.name, row.state, *["–"] * 9]
+    return [
+        row.name,
+        row.state,
+        row.objective or "",
+        row.metric or "–",
+        _number(row.gamma, "g"),
+        _number(row.target_reward_margin, ".3g"),
+        _number(row.beta, "g"),
+        f"{row.step}/{row.total}",
+        _number(row.accuracy, ".1%"),
+        _number(row.reward_margin, "+.3f"),
+        row.started or "",
+    ]
+
+
+def _number(value: float | None, style: str) -> str:
+    return "–" if value is None else format(value, style)
+
+
+@app.command()
+def doctor(runs_dir: RunsDir = Path("runs")) -> None:
+    """Check what training needs, one line each; exit code 1 if something of it fails."""
+    from gapo_lite.doctor import examine
+
+    colors = {"ok": typer.colors.GREEN, "warn": typer.colors.YELLOW, "fail": typer.colors.RED}
+    failed = 0
+    for check in examine(runs_dir):
+        typer.echo(
+            f"{typer.style(f'{check.mark:<5}', fg=colors[check.mark])} {check.name:<30} {check.text}"
+        )
+        failed += check.mark == "fail"
+    if failed:
+        raise typer.Exit(1)

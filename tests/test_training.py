@@ -1,0 +1,347 @@
+"""Whole runs of a tiny model: what they leave behind, and what happens when they are disturbed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gapo_lite import trainer as trainer_module
+from gapo_lite.checkpoints import list_checkpoints
+from gapo_lite.config import parse_config
+from gapo_lite.errors import ConfigError, DataError, ModelError, RunError
+from gapo_lite.runs import Run, list_runs
+from gapo_lite.trainer import GapoTrainer
+from gapo_lite.training import RunCallback, train
+
+TIMING = {"tokens_per_second", "pairs_per_second", "memory_gib", "elapsed_s"}
+
+
+def settings_with(settings, **sections):
+    return {
+        **settings,
+        **{name: {**settings.get(name, {}), **values} for name, values in sections.items()},
+    }
+
+
+def run_of(settings, runs_dir, *overrides, **kwargs):
+    return train(
+        parse_config(settings, overrides), runs_dir=runs_dir, show_progress=False, **kwargs
+    )
+
+
+def numbers(run):
+    """Metrics without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in run.metrics()]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_settings, tmp_path_factory):
+    return run_of(tiny_settings, tmp_path_factory.mktemp("runs"), name="whole")
+
+
+def test_a_run_leaves_the_folder_that_others_read(finished):
+    names = {path.name for path in finished.path.iterdir()}
+    assert names >= {
+        *("config.yaml", "environment.json", "margins.json", "status.json"),
+        *("metrics.jsonl", "train.log", "checkpoints", "adapter"),
+    }
+    assert finished.state() == "finished"
+    assert {finished.read("status.json")[key] for key in ("step", "total")} == {12}
+    assert (finished.adapter / "adapter_model.safetensors").is_file()
+    assert not list(finished.path.rglob("*.bin")) + list(finished.path.rglob("*.pt*"))
+    assert parse_config({}) != finished.config() == parse_config(finished.config().model_dump())
+
+
+def test_each_logged_step_has_the_metrics_that_others_rely_on(finished):
+    rows = finished.metrics()
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [3, 6, 9, 12]
+    assert all(
+        row.keys()
+        == {
+            *("step", "epoch", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins"),
+            *("rewards/accuracies", "logps/chosen", "logps/rejected", "margin/mean", "grad_norm"),
+            *("learning_rate", "tokens_per_second", "pairs_per_second", "memory_gib", "elapsed_s"),
+        }
+        for row in steps
+    )
+    held = [row for row in rows if "eval/loss" in row]
+    assert [row["step"] for row in held] == [0, 4, 8, 12]
+    for row in steps:
+        assert row["rewards/margins"] == pytest.approx(
+            row["rewards/chosen"] - row["rewards/rejected"], abs=1e-4
+        )
+        assert row["rewards/chosen"] == pytest.approx(10 * row["logps/chosen"], abs=1e-3)
+
+
+def test_the_mean_margin_over_an_epoch_is_gamma(finished):
+    record = finished.read("margins.json")
+    assert record["mean_margin"] == pytest.approx(0.3, abs=1e-9)
+    assert record["mean_margin_in_reward_units"] == pytest.approx(3.0, abs=1e-8)
+    per_epoch = [row["margin/mean"] for row in finished.metrics() if "loss" in row][:2]
+    assert sum(per_epoch) / 2 == pytest.approx(0.3, abs=1e-6)  # 6 steps, each pair once
+
+
+def test_loss_falls_on_a_memorised_set(tiny_settings, tmp_path):
+    longer = settings_with(
+        tiny_settings, training={"epochs": 6, "logging_steps": 6, "eval_steps": 100}
+    )
+    losses = [row["loss"] for row in run_of(longer, tmp_path).metrics() if "loss" in row]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_run_stopped_and_resumed_equals_the_uninterrupted_one(
+    finished, tiny_settings, tmp_path, monkeypatch
+):
+    stop_after = iter([3, 7])
+
+    def stopping(self, args, state, control, _limit=[0], **kwargs):  # noqa: B006
+        _limit[0] = _limit[0] or next(stop_after, 99)
+        if state.global_step == _limit[0]:
+            os.kill(os.getpid(), signal.SIGTERM if _limit[0] == 3 else signal.SIGINT)
+            _limit[0] = 0
+        return on_step_end(self, args, state, control, **kwargs)
+
+    on_step_end = RunCallback.on_step_end
+    monkeypatch.setattr(RunCallback, "on_step_end", stopping)
+    run = run_of(tiny_settings, tmp_path, name="cut")
+    assert (run.state(), run.read("status.json")["step"]) == ("stopped", 3)
+    assert "--resume" in (run.path / "train.log").read_text()
+    assert (run.adapter / "adapter_model.safetensors").is_file()
+    run_of(tiny_settings, tmp_path, resume="cut")
+    assert run.read("status.json")["step"] == 7
+    run_of(tiny_settings, tmp_path, resume="cut")
+    assert run.state() == "finished"
+    assert numbers(run) == numbers(finished)
+    whole, cut = (r.adapter / "adapter_model.safetensors" for r in (finished, run))
+    assert whole.read_bytes() == cut.read_bytes()
+
+
+def test_micro_batches_do_not_change_the_gradients(tiny_settings, tmp_path):
+    plain = settings_with(
+        tiny_settings, lora={"dropout": 0.0}, training={"max_steps": 3, "logging_steps": 1}
+    )
+    runs = [run_of(plain, tmp_path, f"training.micro_batch_size={size}") for size in (1, 2, 4)]
+    for other in runs[1:]:
+        for ours, theirs in zip(numbers(runs[0]), numbers(other), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+def test_an_epoch_that_ends_in_a_smaller_step_averages_over_its_pairs(tiny_settings, tmp_path):
+    """24 pairs in steps of 16: the second step has 8, and counts them as 8."""
+    plain = settings_with(
+        tiny_settings,
+        lora={"dropout": 0.0},
+        training={"batch_size": 16, "epochs": 1, "logging_steps": 1, "learning_rate": 1e-9},
+    )
+    rows = [row for row in run_of(plain, tmp_path).metrics() if "loss" in row]
+    whole = run_of(
+        plain, tmp_path, "training.batch_size=24", "training.micro_batch_size=8"
+    ).metrics()
+    (mean,) = [row["loss"] for row in whole if "loss" in row]
+    assert (16 * rows[0]["loss"] + 8 * rows[1]["loss"]) / 24 == pytest.approx(mean, rel=1e-4)
+
+
+def test_padded_and_packed_layouts_train_alike(tiny_settings, tmp_path):
+    plain = settings_with(tiny_settings, lora={"dropout": 0.0}, training={"max_steps": 4})
+    packed, padded = (
+        run_of(plain, tmp_path, f"training.layout={name}") for name in ("packed", "padded")
+    )
+    for ours, theirs in zip(numbers(packed), numbers(padded), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
+
+
+# -- what goes wrong --
+
+
+def test_a_nan_stops_before_the_weights_change(tiny_settings, tmp_path, monkeypatch):
+    weights = {}
+    real = trainer_module.forward_logps
+
+    def poisoned(model, batch):
+        logps = real(model, batch)
+        weights["model"] = model
+        weights["before"] = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        if not torch.is_grad_enabled():
+            return logps
+        weights["calls"] = weights.get("calls", 0) + 1
+        if weights["calls"] <= 8:
+            return logps
+        return dataclasses.replace(logps, chosen=logps.chosen * float("nan"))
+
+    monkeypatch.setattr(trainer_module, "forward_logps", poisoned)
+    with pytest.raises(
+        RunError, match="gradient norm is nan at step 5.*before the weights changed"
+    ):
+        run_of(tiny_settings, tmp_path, name="nan")
+    after = [p for p in weights["model"].parameters() if p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(weights["before"], after, strict=True))
+    run = Run(tmp_path / "nan")
+    assert run.state() == "failed"
+    assert "learning_rate" in run.read("status.json")["message"]
+    assert all(row["loss"] == row["loss"] for row in run.metrics() if "loss" in row)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
+    tiny_settings, tmp_path, monkeypatch, caplog
+):
+    plain = settings_with(
+        tiny_settings,
+        lora={"dropout": 0.0},
+        training={"batch_size": 8, "micro_batch_size": 4, "max_steps": 3, "logging_steps": 1},
+    )
+    expected = run_of(plain, tmp_path, name="roomy")
+    real = trainer_module.forward_logps
+    sizes = []
+
+    def crowded(model, batch):
+        if torch.is_grad_enabled():
+            sizes.append(len(batch))
+            if len(batch) > 2 and len(sizes) > 1:
+                logps = real(model, batch)
+                (logps.chosen.sum() * 7).backward()  # a backward pass that broke off half-way
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(model, batch)
+
+    monkeypatch.setattr(trainer_module, "forward_logps", crowded)
+    with caplog.at_level(logging.WARNING, "gapo_lite"):
+        run = run_of(plain, tmp_path, name="crowded")
+    assert sizes[:6] == [4, 4, 2, 2, 2, 2]
+    assert "micro-batches of 2 pair(s) and 4 accumulation steps" in caplog.text
+    for ours, theirs in zip(numbers(run), numbers(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+def test_out_of_memory_with_single_pairs_says_what_to_lower(tiny_settings, tmp_path, monkeypatch):
+    def full(model, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(trainer_module, "forward_logps", full)
+    with pytest.raises(RunError, match="data.max_length"):
+        run_of(
+            settings_with(tiny_settings, data={"heldout_source": None, "heldout_fraction": 0}),
+            tmp_path,
+        )
+
+
+def test_a_full_disk_in_a_save_keeps_the_older_checkpoint(tiny_settings, tmp_path, monkeypatch):
+    real = GapoTrainer._save_shared_state
+
+    def full(self, stage, window):
+        real(self, stage, window)
+        if self.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(GapoTrainer, "_save_shared_state", full)
+    with pytest.raises(RunError, match=r"No space left.*--resume"):
+        run_of(tiny_settings, tmp_path, name="full")
+    run = Run(tmp_path / "full")
+    assert [step for step, _ in list_checkpoints(run.checkpoints)] == [2]
+    assert run.state() == "failed"
+    monkeypatch.undo()
+    run_of(tiny_settings, tmp_path, resume="full")
+    assert run.state() == "finished"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    tiny_settings, finished, tmp_path, caplog
+):
+    run = run_of(tiny_settings, tmp_path, name="hurt")
+    newest = run.checkpoints / "checkpoint-12" / "optimizer.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1  # one flipped bit
+    newest.write_bytes(data)
+    run.write("status.json", {**run.read("status.json"), "state": "running"})
+    with caplog.at_level(logging.WARNING, "gapo_lite"):
+        run_of(tiny_settings, tmp_path, resume="hurt")
+    assert "checkpoint-12 cannot be used (optimizer.safetensors is damaged)" in caplog.text
+    assert numbers(run) == numbers(finished)
+    for _, path in list_checkpoints(run.checkpoints):
+        (path / "manifest.json").write_text("{")
+    with pytest.raises(RunError, match="no checkpoint .* can be used"):
+        run_of(tiny_settings, tmp_path, resume="hurt")
+
+
+def test_changed_data_are_noticed_on_resume(tiny_settings, tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    data.write_bytes(Path(tiny_settings["data"]["source"]).read_bytes())
+    settings = settings_with(tiny_settings, data={"source": str(data)}, training={"max_steps": 2})
+    run_of(settings, tmp_path, name="mine")
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(RunError, match="have changed"):
+        run_of(settings, tmp_path, resume="mine")
+
+
+def test_the_same_folder_is_never_trained_twice_at_once(tiny_settings, tmp_path):
+    run = run_of(settings_with(tiny_settings, training={"max_steps": 2}), tmp_path, name="busy")
+    with run.lock(), pytest.raises(RunError, match="another process"):
+        run_of(tiny_settings, tmp_path, resume="busy")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "says"),
+    [
+        (["data.source=/no/such/file.jsonl"], DataError, "file.jsonl"),
+        (["model.name=no/such-model"], ModelError, "no/such-model"),
+        (["training.report_to=[wandb]"], ConfigError, "pip install wandb"),
+        (["lora.target_modules=[nothing]"], ModelError, "all-linear"),
+        (["data.max_length=8", "data.max_prompt_length=8"], DataError, "max_length"),
+    ],
+)
+def test_bad_input_leaves_no_run_behind(tiny_settings, tmp_path, overrides, error, says):
+    with pytest.raises(error, match=says):
+        run_of(tiny_settings, tmp_path, *overrides)
+    assert list_runs(tmp_path) == []
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_under_accelerate_launch_train_as_one(tiny_settings, tmp_path):
+    plain = settings_with(tiny_settings, lora={"dropout": 0.0})
+    config = tmp_path / "tiny.yaml"
+    config.write_text(parse_config(plain).to_yaml())
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes=2",
+        "--num_machines=1",
+    ]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command = [
+        *launch,
+        "-m",
+        "gapo_lite",
+        "train",
+        str(config),
+        "--name=two",
+        f"--runs-dir={tmp_path}",
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    single, double = run_of(plain, tmp_path, name="one"), Run(tmp_path / "two")
+    assert [row["step"] for row in double.metrics()] == [row["step"] for row in single.metrics()]
+    for ours, theirs in zip(numbers(double), numbers(single), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-3)
+    ours, theirs = (
+        load_file(run.adapter / "adapter_model.safetensors") for run in (double, single)
+    )
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
+    assert json.loads((double.path / "status.json").read_text())["state"] == "finished"
