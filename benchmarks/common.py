@@ -30,6 +30,7 @@ import torch
 from peft import PeftModel
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from gapo_lite.model import causal_model
@@ -47,6 +48,7 @@ class _Recorded:
     def __init__(self, *args: Any, **kwargs: Any):
         self.step_losses: list[torch.Tensor] = []
         super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -92,7 +94,8 @@ class StepClock(TrainerCallback):
             self.seconds.append(now - self._last)
             self.cpu_seconds.append(cpu - self._last_cpu)
         self._last, self._last_cpu = now, cpu
-        control.should_training_stop = sum(self.seconds) > self.max_seconds
+        if sum(self.seconds) > self.max_seconds:
+            control.should_training_stop = True
 
 
 class TokenCount:

@@ -32,8 +32,9 @@ import gc
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,9 @@ def random_base(
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
         attn_implementation="sdpa",
     )
     with torch.device("meta"):
@@ -318,26 +322,29 @@ def cpo_row(pair: TokenizedPair) -> dict[str, list[int]]:
 
 def measure(case: Case, bench: Bench) -> dict[str, Any]:
     """Trains some steps and says what they took; or that memory ran out."""
-    named = {field: getattr(case, field) for field in Case.__slots__}
     _prepare(case, bench)
     try:
-        return {**named, **_train(case, bench)}
+        return {**asdict(case), **_train(case, bench)}
     except (torch.OutOfMemoryError, RunError) as error:
         if "out of memory" not in str(error).lower():
             raise
-        return {**named, "out_of_memory": " ".join(str(error).split())[:300]}
+        return {**asdict(case), "out_of_memory": " ".join(str(error).split())[:300]}
     finally:
-        vars(bench.policy).pop("forward", None)  # accelerate's bfloat16 wrapper would pile up
+        for name in ("forward", "_original_forward"):  # accelerate's wrappers would pile up
+            vars(bench.policy).pop(name, None)
 
 
 def _prepare(case: Case, bench: Bench) -> None:
     """The same adapter for every case, nothing left of the case before, peaks from here on."""
     causal = causal_model(bench.policy)
     causal.set_attn_implementation(SHARED_PREFIX if case.contender == OURS else "sdpa")
-    if case.checkpointing:
-        causal.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        causal.gradient_checkpointing_disable()
+    with warnings.catch_warnings():
+        # transformers 5.23 calls it activation checkpointing; 5.17 has only the old name
+        warnings.simplefilter("ignore", FutureWarning)
+        if case.checkpointing:
+            causal.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            causal.gradient_checkpointing_disable()
     bench.policy.zero_grad(set_to_none=True)
     with torch.no_grad():
         for name, parameter in bench.policy.named_parameters():
@@ -475,16 +482,27 @@ def executed_flops(
     config: LlamaConfig, batch: Sequence[TokenizedPair], contender: str, checkpointing: bool
 ) -> int:
     """Floating point operations of the matrix products of one training step; see above."""
-    tokens, head_rows, visible = processed(batch, contender)
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    shapes = _linear_shapes(config)
-    base = 2 * tokens * layers * sum(n * m for n, m in shapes)
-    adapters = 2 * tokens * layers * RANK * sum(n + m for n, m in shapes)
-    attention = 4 * visible * layers * hidden
-    forward = base + adapters + attention
-    backward = base + 2 * adapters + 2 * attention
-    head = 2 * head_rows * hidden * config.vocab_size
-    return forward * (2 if checkpointing else 1) + backward + 2 * head
+    tokens, head_rows, _ = processed(batch, contender)
+    shapes = _linear_shapes(config) * config.num_hidden_layers
+    base = 2 * tokens * sum(n * m for n, m in shapes)
+    adapters = 2 * tokens * RANK * sum(n + m for n, m in shapes)
+    head = 2 * head_rows * config.hidden_size * config.vocab_size
+    forwards = 2 if checkpointing else 1
+    return (
+        base * (forwards + 1)
+        + adapters * (forwards + 2)
+        + attention_flops(config, batch, contender, checkpointing)
+        + head * 2
+    )
+
+
+def attention_flops(
+    config: LlamaConfig, batch: Sequence[TokenizedPair], contender: str, checkpointing: bool
+) -> int:
+    """The part of the attention scores and of the values that they weigh."""
+    visible = processed(batch, contender)[2]
+    forward = 4 * visible * config.num_hidden_layers * config.hidden_size
+    return forward * ((2 if checkpointing else 1) + 2)
 
 
 def _linear_shapes(config: LlamaConfig) -> list[tuple[int, int]]:

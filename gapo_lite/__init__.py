@@ -1,7 +1,7 @@
 """GaPO-Lite: Gap-Aware Preference Optimization on one GPU.
 
-The public names are imported when first asked for, so that `import gapo_lite` (and `gapo-lite --help`) stays quick
-and does not import torch.
+The public names are imported when first asked for, so that `import gapo_lite` (and `gapo-lite
+--help`) stays quick and does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m gapo_lite`, the same as `gapo-lite` (and what `accelerate launch -m gapo_lite` runs)."""
+"""`python -m gapo_lite`: the same as `gapo-lite`, and what `accelerate launch -m` runs."""
 
 from gapo_lite.cli import main
 

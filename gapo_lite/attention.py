@@ -1,14 +1,16 @@
 """Attention over packed pairs that share their prompts.
 
-A packed row is [prompt₀ chosen₀ rejected₀ prompt₁ chosen₁ …]. A chosen response sees its prompt and itself; a rejected
-response sees the same prompt and itself, never the chosen one. The prompt is computed once for both.
+A packed row is [prompt₀ chosen₀ rejected₀ prompt₁ chosen₁ …]. A chosen response sees its prompt
+and itself; a rejected response sees the same prompt and itself, never the chosen one. The prompt
+is computed once for both.
 
-Naive equivalent (what the tests compare with): two padded sequences a pair, prompt+chosen and prompt+rejected, through
-the model's ordinary causal attention.
+Naive equivalent (what the tests compare with): two padded sequences a pair, prompt+chosen and
+prompt+rejected, through the model's ordinary causal attention.
 
-On CUDA in half precision one `varlen_attn` call does all of it: queries lie in the row as they are, only keys and
-values are gathered so that each prompt's appear before both responses, and causal masking is aligned to the end of the
-keys. Elsewhere two `scaled_dot_product_attention` calls a pair do the same.
+On CUDA in half precision one `varlen_attn` call does all of it: queries lie in the row as they
+are, only keys and values are gathered so that each prompt's appear before both responses, and
+causal masking is aligned to the end of the keys. Elsewhere two `scaled_dot_product_attention`
+calls a pair do the same.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def shared_prefix_attention(
     segments: Segments | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a packed row; without `segments` (padded batches, generation) it is the ordinary one.
+    """Attention of a packed row; without `segments` (padded batches, generation) it is the
+    ordinary one.
 
     Args:
         module: the attention layer.
@@ -64,8 +67,8 @@ def shared_prefix_attention(
 
 
 def placeholder_mask(device: torch.device) -> torch.Tensor:
-    """(1, 1, 1, 1): a ready-made 4-D mask is passed on untouched, so that transformers builds none from the positions
-    (a packed row would get a dense T × T one)."""
+    """(1, 1, 1, 1): a ready-made 4-D mask is passed on untouched, so that transformers builds none
+    from the positions (a packed row would get a dense T × T one)."""
     return torch.zeros(1, 1, 1, 1, device=device)
 
 
@@ -76,7 +79,7 @@ def _one_call(
     segments: Segments,
     scaling: float | None,
 ) -> torch.Tensor:
-    out = varlen_attn(
+    out: Any = varlen_attn(
         query[0].transpose(0, 1),
         key[0].index_select(1, segments.kv_index).transpose(0, 1),
         value[0].index_select(1, segments.kv_index).transpose(0, 1),

@@ -1,7 +1,9 @@
 """Pairs → tokens → batches.
 
-The prompt is rendered with the model's own chat template up to the assistant's header, and tokenised apart from the
-responses: it is then the same token row for both, and the row that generation will see. A response's scored tokens are
+The prompt is rendered with the model's own chat template up to the assistant's header, and
+tokenised apart from the
+responses: it is then the same token row for both, and the row that generation will see. A
+    response's scored tokens are
 its text and the template's end-of-turn token once, nothing after it.
 """
 
@@ -50,9 +52,10 @@ def tokenize_pairs(
 ) -> TokenizedPairs:
     """Tokenises pairs and cuts those that are too long.
 
-    A pair is too long when its prompt and its longer response exceed `max_length` tokens. Then the prompt is shortened
-    from the left (its first token is kept where that is the BOS token), only as far as needed and not below
-    `max_prompt_length`; what is still too long of a response is cut from its right.
+    A pair is too long when its prompt and its longer response exceed `max_length` tokens. Then the
+    prompt is shortened from the left (its first token is kept where that is the BOS token), only
+    as far as needed and not below `max_prompt_length`; what is still too long of a response is cut
+    from its right.
 
     Args:
         pairs: N pairs.
@@ -93,7 +96,8 @@ def tokenize_pairs(
         indices.append(index)
     if not kept:
         raise DataError(
-            f"none of {len(pairs)} pairs has a token left to score: max_length is {max_length} and max_prompt_length "
+            f"none of {len(pairs)} pairs has a token left to score: max_length is {max_length} "
+            "and max_prompt_length "
             f"{max_prompt_length}. Raise data.max_length or lower data.max_prompt_length."
         )
     return TokenizedPairs(
@@ -116,7 +120,8 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
-            f"the model's chat template refuses a conversation of the turns {roles}: {error}. Remove what it cannot "
+            f"the model's chat template refuses a conversation of the turns {roles}: {error}. "
+            "Remove what it cannot "
             "take (often the system message) from the data, or choose another model."
         ) from None
 
@@ -146,7 +151,8 @@ def turn_ending(tokenizer: PreTrainedTokenizerBase) -> TurnEnding:
     """
     if not tokenizer.chat_template:
         raise ModelError(
-            f"{tokenizer.name_or_path} has no chat template, so a conversation cannot be rendered as it was trained. "
+            f"{tokenizer.name_or_path} has no chat template, so a conversation cannot be "
+            "rendered as it was trained. "
             "Choose a chat (instruct) model, or add a chat template to its tokenizer."
         )
     probe, spaces = "gapo-probe", "  "
@@ -172,7 +178,8 @@ def turn_ending(tokenizer: PreTrainedTokenizerBase) -> TurnEnding:
 
 def pack(pairs: Sequence[TokenizedPair]) -> PairBatch:
     """The default layout: one row without padding, each prompt once. See PairBatch and Segments."""
-    ids, positions, kv_index, predict, lengths, start = [], [], [], [[], []], [], 0
+    ids, positions, kv_index, lengths, start = [], [], [], [], 0
+    predict: list[list] = [[], []]
     cu_q, cu_k = [0], [0]
     for pair in pairs:
         p, w, l = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
@@ -207,14 +214,15 @@ def pack(pairs: Sequence[TokenizedPair]) -> PairBatch:
 
 
 def pad(pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
-    """The reference layout: 2B rows, chosen first, padded on the right with `pad_id`. See PairBatch."""
+    """The reference layout: 2B rows, chosen first, padded on the right with `pad_id`. See
+    PairBatch."""
     rows = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [
         (p.prompt_ids, p.rejected_ids) for p in pairs
     ]
     width = max(len(prompt) + len(response) for prompt, response in rows)
     input_ids = torch.full((len(rows), width), pad_id)
     attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
-    predict = []
+    predict: list[np.ndarray] = []
     for row, (prompt, response) in enumerate(rows):
         length = len(prompt) + len(response)
         input_ids[row, :length] = _tensor([prompt, response])
@@ -248,7 +256,8 @@ def _tensor(parts: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
 def _token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], *, split_special: bool
 ) -> list[np.ndarray]:
-    """Token ids of each text. With `split_special`, a response that spells out `<|eot_id|>` stays plain text."""
+    """Token ids of each text. With `split_special`, a response that spells out `<|eot_id|>` stays
+    plain text."""
     ids: list[np.ndarray] = []
     for start in range(0, len(texts), _TEXTS_A_CALL):
         encoded = tokenizer(

@@ -1,4 +1,4 @@
-"""Conversations with a run or a model: turns, the base model beside the tuned one, and the loop of `gapo-lite chat`.
+"""Conversations with a run or a model, the base model beside the tuned one; `gapo-lite chat`.
 
 conversation = Conversation(load_voice("demo", Path("runs")))
 for piece in conversation.ask("What is a leap year?"): ...
@@ -62,7 +62,8 @@ def load_voice(name: str, runs_dir: Path) -> Voice:
     On a CPU the base is not quantised: NF4 would answer ten times slower.
 
     Raises:
-        GapoError: there is no such run or model, the run has saved nothing, or something of it cannot be loaded.
+        GapoError: there is no such run or model, the run has saved nothing, or something of it
+            cannot be loaded.
     """
     run = find_run(name, runs_dir)
     config = run.config().model if run else parse_config({"model": {"name": name}}).model
@@ -122,7 +123,7 @@ class Conversation:
     asked: list[Message] = field(default_factory=list)
 
     def ask(self, question: str) -> Generator[str, None, None]:
-        """Pieces of the answer. What was answered when the iterator is closed stays in the conversation.
+        """Pieces of the answer; what there is of it when the generator is closed is kept as a turn.
 
         Raises:
             GapoError: the question does not fit, or the chat template refuses the conversation.
@@ -139,7 +140,7 @@ class Conversation:
                     self.turns = [*self.asked, {"role": "assistant", "content": text}]
 
     def ask_base(self, question: str = "") -> Generator[str, None, None]:
-        """Pieces of the answer without the adapter, to a question or to the last one; nothing is kept of it.
+        """Pieces of the answer without the adapter, to a question or the last one; none is kept.
 
         Raises:
             GapoError: see `ask`; or nothing was asked yet, or there is no adapter.
@@ -187,15 +188,15 @@ class Conversation:
         while (length := self._num_tokens(kept)) + self.max_tokens > self.voice.context:
             if len(kept) == 1:
                 raise DataError(
-                    f"the question has {length} tokens with its system message and the answer may have "
-                    f"{self.max_tokens}, but {self.voice.name} reads {self.voice.context} tokens at once. Shorten the "
-                    "question, or lower --max-tokens."
+                    f"the question has {length} tokens with its system message and the answer may "
+                    f"have {self.max_tokens}, but {self.voice.name} reads {self.voice.context} "
+                    "tokens at once. Shorten the question, or lower --max-tokens."
                 )
             kept = kept[2:]
         if dropped := len(turns) - len(kept):
             self.tell(
-                f"(the conversation no longer fits into {self.voice.context} tokens: the oldest {dropped} turns are "
-                "forgotten)"
+                f"(the conversation no longer fits into {self.voice.context} tokens: the oldest "
+                f"{dropped} turns are forgotten)"
             )
         return kept
 
@@ -208,7 +209,7 @@ class Conversation:
 
 
 def talk(conversation: Conversation) -> None:
-    """Reads lines from stdin and answers on stdout until the end; a pipe gets the answers alone, without prompts."""
+    """Reads lines from stdin and answers on stdout; a pipe gets the answers alone, no prompts."""
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         import readline  # noqa: F401 — gives input() its line editing and history

@@ -1,8 +1,10 @@
 """Checkpoints that are either whole or not there.
 
-A checkpoint is a folder `checkpoint-<step>`. It is written beside its place, flushed to the disk, given a manifest with
-the size and SHA-256 of each file, and renamed into place; older ones are removed only after that. Reading starts with
-the manifest: a checkpoint that was torn or has one flipped bit is named, and the newest valid one is taken. (The stock
+A checkpoint is a folder `checkpoint-<step>`. It is written beside its place, flushed to the disk,
+given a manifest with the size and SHA-256 of each file, and renamed into place; older ones are
+removed only after that. Reading starts with
+the manifest: a checkpoint that was torn or has one flipped bit is named, and the newest valid one
+    is taken. (The stock
 Trainer's are written in place and resumed unread: 24 of 40 kills left a torn newest one.)
 """
 
@@ -24,7 +26,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def stage_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is written before it is committed; the same for all processes of a run."""
+    """Where the checkpoint of `step` is written before it is committed; the same for all processes
+    of a run."""
     return folder / f".stage-{step}"
 
 
@@ -85,10 +88,12 @@ def newest_valid_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path:
         tell(f"{path} cannot be used ({problem}); trying the one before.")
     if damage:
         raise RunError(
-            f"no checkpoint in {folder} can be used: {'; '.join(damage)}. Start the run again under a new name."
+            f"no checkpoint in {folder} can be used: {'; '.join(damage)}. Start the run again "
+            "under a new name."
         )
     raise RunError(
-        f"{folder} holds no checkpoint, so there is nothing to resume. Start the run again under a new name."
+        f"{folder} holds no checkpoint, so there is nothing to resume. Start the run again under "
+        "a new name."
     )
 
 
@@ -99,7 +104,8 @@ def remove_stages(folder: Path) -> None:
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Puts a finished folder in the place of another; at every moment one of them is there or beside it."""
+    """Puts a finished folder in the place of another; at every moment one of them is there or
+    beside it."""
     for path in new.iterdir():
         _sealed(path)
     old = final.with_name(f".old-{final.name}")

@@ -1,8 +1,9 @@
-"""The command line: `gapo-lite train | score | evaluate | generate | chat | export | runs | doctor`.
+"""The command line: `gapo-lite train|score|evaluate|generate|chat|export|runs|doctor`.
 
-Each command reads its options, calls one function of the package and prints what came back. What is a person's to mend
-is printed as `error: …` with exit code 2; Ctrl-C exits with 130; everything else keeps its traceback. The modules that
-import torch are imported by the commands that need them, so that `--help` is quick.
+Each command reads its options, calls one function of the package and prints what came back. What is
+a person's to mend is printed as `error: …` with exit code 2; Ctrl-C exits with 130; everything else
+keeps its traceback. The modules that import torch are imported by the commands that need them, so
+that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -155,8 +156,8 @@ def _resolved_config(
         _check_same_settings(run, own, load_config(config or run.path / "config.yaml", settings))
     if run.state() == "finished":
         raise RunError(
-            f"the run {run.name} is finished, so there is nothing to go on with. Use it (gapo-lite chat {run.path}), or "
-            "start a new run."
+            f"the run {run.name} is finished, so there is nothing to go on with. Use it "
+            f"(gapo-lite chat {run.path}), or start a new run."
         )
     return own
 
@@ -173,9 +174,10 @@ def _check_same_settings(run: Run, own: RunConfig, given: RunConfig) -> None:
             lines.append(f"  {key}: the run has {before!r}, given is {now!r}")
     if lines:
         raise ConfigError(
-            f"the run {run.name} was begun with other settings, so it cannot go on exactly with these.\n"
-            + "\n".join(lines)
-            + f"\nGo on with its own (gapo-lite train --resume {run.path}), or start a new run without --resume."
+            f"the run {run.name} was begun with other settings, so it cannot go on exactly with "
+            "these.\n" + "\n".join(lines) + "\n"
+            f"Go on with its own (gapo-lite train --resume {run.path}), or start a new run without "
+            "--resume."
         )
 
 
@@ -228,7 +230,8 @@ def score(
     check_options(ef, options)
     if out.suffix not in _SCORE_FILES:
         raise ConfigError(
-            f"--out {out}: its name must end with {', '.join(_SCORE_FILES)}, which decides the format."
+            f"--out {out}: its name must end with {', '.join(_SCORE_FILES)}, which decides the "
+            "format."
         )
     check_out(out, file)
     loaded = load_pairs(file, split=split)
@@ -284,14 +287,15 @@ def _say_scores(loaded: LoadedPairs, ef: str, scores: np.ndarray) -> None:
     spread = "  ".join(f"{name} {value:.4f}" for name, value in zip(names, quantiles, strict=True))
     typer.echo(f"{ef}: mean {scores.mean():.4f}  {spread}")
     typer.echo(
-        f"EF = 0 (nothing in common): {(scores == 0).sum():,}  EF = 1 (the same): {(scores == 1).sum():,}"
+        f"EF = 0 (nothing in common): {(scores == 0).sum():,}  "
+        f"EF = 1 (the same): {(scores == 1).sum():,}"
     )
     if EVALUATION_FACTORS[ef].family != "lexical":
         return
     if unseen := count_unseen([p.chosen for p in loaded.pairs], [p.rejected for p in loaded.pairs]):
         logger.warning(
-            "%d of %d pairs have a text without any letter a to z or digit, which is all that %s sees: they score 0 "
-            "however alike they are. For such languages use a BERTScore.",
+            "%d of %d pairs have a text without any letter a to z or digit, which is all that %s "
+            "sees: they score 0 however alike they are. For such languages use a BERTScore.",
             unseen,
             len(scores),
             ef,
@@ -486,7 +490,8 @@ def export(
     """Write a run's adapter, or the merged model, with a model card."""
     if merged is None:
         raise ConfigError(
-            "say what to export: --merged (base and adapter in one model) or --adapter (the adapter alone)."
+            "say what to export: --merged (base and adapter in one model) or --adapter (the "
+            "adapter alone)."
         )
     from gapo_lite.runs import open_run
 
@@ -555,7 +560,8 @@ def doctor(runs_dir: RunsDir = Path("runs")) -> None:
     failed = 0
     for check in examine(runs_dir):
         typer.echo(
-            f"{typer.style(f'{check.mark:<5}', fg=colors[check.mark])} {check.name:<30} {check.text}"
+            f"{typer.style(f'{check.mark:<5}', fg=colors[check.mark])} {check.name:<30} "
+            f"{check.text}"
         )
         failed += check.mark == "fail"
     if failed:

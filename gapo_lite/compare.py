@@ -3,8 +3,8 @@
     comparison = compare(open_run("demo", Path("runs")))
     comparison.base["rewards/accuracies"], comparison.tuned["rewards/accuracies"]
 
-The base is the same model with its adapter disabled. The order of the pairs and of all sums is fixed, so that a second
-call gives the same numbers.
+The base is the same model with its adapter disabled. The order of the pairs and of all sums is
+fixed, so that a second call gives the same numbers.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class Comparison:
         target_reward_margin: the same in reward units, to compare with `rewards/margins`.
         num_pairs: held-out pairs scored.
         base, tuned: means over the pairs, under the names of metrics.jsonl.
-        by_ef: the pairs by deciles of their evaluation factor, the least alike first; empty for an objective without.
+        by_ef: the pairs by deciles of their evaluation factor, the least alike first; empty for an
+            objective without.
     """
 
     run: str
@@ -93,7 +94,7 @@ class Comparison:
 def compare(
     run: Run, *, batch_size: int | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Comparison:
-    """Scores the run's held-out pairs without and with its adapter, on a model loaded as training loads it.
+    """Scores the run's held-out pairs without and with its adapter, on the model of training.
 
     Args:
         run: a run that has saved an adapter.
@@ -194,8 +195,9 @@ def _warn_of_changed_data(run: Run, heldout: PreparedData) -> None:
     now = (heldout.margins.mean_gap, len(heldout.pairs))
     if then != now:
         logger.warning(
-            "The data of %s have changed since it was trained (mean gap and held-out pairs were %s, now %s): pairs that "
-            "it was trained on may be among the held-out ones. Restore the data for numbers that count.",
+            "The data of %s have changed since it was trained (mean gap and held-out pairs were "
+            "%s, now %s): pairs that it was trained on may be among the held-out ones. Restore the "
+            "data for numbers that count.",
             run.name,
             then,
             now,
@@ -228,7 +230,7 @@ def _comparison(
 
 
 def group_by_ef(ef: np.ndarray, base_hits: np.ndarray, tuned_hits: np.ndarray) -> list[EfGroup]:
-    """Accuracies by decile of the evaluation factor; equal factors stay together, so that deciles can merge.
+    """Accuracies by decile of the evaluation factor; equal factors stay together.
 
     Args:
         ef: (N,) evaluation factors; NaN where the objective has none.

@@ -1,8 +1,10 @@
-"""The one schema of a run: what a YAML under configs/ may say, with bounds, defaults and a line of explanation each.
+"""The one schema of a run: what a YAML under configs/ may say, with bounds, defaults and a line of
+explanation each.
 
     config = load_config("configs/demo.yaml", ["margin.gamma=0.5"])
 
-All problems of a file are reported at once, each with its key and, for an unknown key, the nearest right one.
+All problems of a file are reported at once, each with its key and, for an unknown key, the nearest
+right one.
 """
 
 from __future__ import annotations
@@ -65,8 +67,8 @@ class LoraConfig(_Section):
     """The adapter."""
 
     rank: int = Field(16, ge=1, le=1024, description="Rank r of the update matrices.")
-    alpha: float = Field(
-        32.0, gt=0, le=4096, description="Scale: the update is multiplied by alpha / rank."
+    alpha: int = Field(
+        32, ge=1, le=4096, description="Scale: the update is multiplied by alpha / rank."
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: Literal["all-linear"] | list[str] = Field(
@@ -90,7 +92,8 @@ class DataConfig(_Section):
     source: str = Field(
         "embedded:everyday",
         min_length=1,
-        description="File (.jsonl .json .csv .parquet, also .gz), datasets folder, Hub id, or embedded:everyday.",
+        description="File (.jsonl .json .csv .parquet, also .gz), "
+        "datasets folder, Hub id, or embedded:everyday.",
     )
     split: str = Field("train", min_length=1, description="Split of a Hub id or datasets folder.")
     heldout_source: str | None = Field(
@@ -101,7 +104,8 @@ class DataConfig(_Section):
         0.05,
         ge=0,
         lt=1,
-        description="Share of pairs held out of `source`, by whole prompts, where there is no heldout_source.",
+        description="Share of pairs held out of `source`, by whole prompts, "
+        "where there is no heldout_source.",
     )
     split_seed: int = Field(
         0, ge=0, lt=2**32, description="Seed of that split, apart from training.seed."
@@ -210,7 +214,8 @@ class TrainingConfig(_Section):
     )
     layout: Literal["auto", "packed", "padded"] = Field(
         "auto",
-        description="packed: no padding, shared prompts; padded: for models whose attention is fixed.",
+        description="packed: no padding, shared prompts; padded: "
+        "for models whose attention is fixed.",
     )
     logging_steps: int = Field(1, ge=1, description="Record metrics every so many steps.")
     eval_steps: int = Field(50, ge=1, description="Evaluate on held-out pairs every so many steps.")
@@ -231,7 +236,8 @@ class TrainingConfig(_Section):
     def _whole_micro_batches(self) -> TrainingConfig:
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
+                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size "
+                f"({self.micro_batch_size})"
             )
         return self
 
@@ -239,13 +245,13 @@ class TrainingConfig(_Section):
 class RunConfig(_Section):
     """Everything that decides a run."""
 
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    lora: LoraConfig = Field(default_factory=LoraConfig)
-    data: DataConfig = Field(default_factory=DataConfig)
-    ef: EfConfig = Field(default_factory=EfConfig)
-    margin: MarginConfig = Field(default_factory=MarginConfig)
-    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
-    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    ef: EfConfig = EfConfig()
+    margin: MarginConfig = MarginConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
 
     def to_yaml(self) -> str:
         """The resolved configuration, every default written out."""
@@ -253,10 +259,12 @@ class RunConfig(_Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML file, applies `key=value` overrides (dotted keys, YAML values) and checks the whole.
+    """Reads a YAML file, applies `key=value` overrides (dotted keys, YAML values) and checks the
+    whole.
 
     Raises:
-        ConfigError: the file is missing, empty or not YAML, or any setting is unknown or out of range.
+        ConfigError: the file is missing, empty or not YAML, or any setting is unknown or out of
+            range.
     """
     return parse_config(_read_yaml(Path(path)), overrides, source=str(path))
 
@@ -282,8 +290,8 @@ def parse_config(
 
 def setting_keys() -> list[str]:
     """All dotted keys, `model.name` to `training.report_to`."""
-    sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
-    return [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]  # type: ignore[union-attr]
+    sections = RunConfig().model_dump()
+    return [f"{name}.{key}" for name, section in sections.items() for key in section]
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

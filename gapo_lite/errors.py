@@ -6,8 +6,9 @@
     ├── ModelError    a model, tokenizer or adapter cannot be loaded or does not fit
     └── RunError      a run folder, checkpoint, device or disk is not as it should be
 
-The message says what happened (with value and place), why it matters and what to do. The command line prints it
-without a traceback and exits with code 2. Anything else that is raised is a bug of ours and keeps its traceback.
+The message says what happened (with value and place), why it matters and what to do. The command
+line prints it without a traceback and exits with code 2. Anything else that is raised is a bug of
+ours and keeps its traceback.
 """
 
 from __future__ import annotations

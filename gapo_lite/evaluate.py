@@ -59,7 +59,8 @@ def score_heldout(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> PairScores:
-    """Scores each pair without dropout and without gradients; the model's mode is restored afterwards.
+    """Scores each pair without dropout and without gradients; the model's mode is restored
+    afterwards.
 
     Args:
         model: the policy; disable its adapter around the call for the base model's scores.

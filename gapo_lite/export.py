@@ -1,9 +1,9 @@
-"""A run → a folder to share: the adapter, or its base model with the adapter merged in, and a model card.
+"""A run → a folder to share: the adapter, or the merged model, and a model card.
 
     export_run(open_run("demo", Path("runs")), merged=True, out=Path("exports/demo-merged"))
 
-The folder appears whole or not at all. It holds safetensors only, and nothing of the machine that it was made on: no
-paths, no user, no `training_args.bin`.
+The folder appears whole or not at all. It holds safetensors only, and nothing of the machine that
+it was made on: no paths, no user, no `training_args.bin`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ LICENCES = {
     "HuggingFaceTB/SmolLM2": ("apache-2.0", "Apache License 2.0"),
     "meta-llama/Meta-Llama-3-": (
         "llama3",
-        "Meta Llama 3 Community License: what is built with it must say so and have a name that begins with `Llama 3`",
+        "Meta Llama 3 Community License: what is built with it must say so and have a name that "
+        "begins with `Llama 3`",
     ),
 }
 """Start of a base model's public name → (key of the Hub, in words)."""
@@ -42,7 +43,8 @@ def export_run(run: Run, *, merged: bool, out: Path) -> Path:
 
     Args:
         run: a run that has saved an adapter.
-        merged: the base model in bfloat16 with the adapter merged in, rather than the adapter alone.
+        merged: the base model in bfloat16 with the adapter merged in, rather than the adapter
+            alone.
         out: a folder that is not there yet, or empty.
 
     Raises:
@@ -57,7 +59,9 @@ def export_run(run: Run, *, merged: bool, out: Path) -> Path:
         else:
             _write_adapter(config, adapter, stage)
         tokenizer.save_pretrained(stage)
-        (stage / "README.md").write_text(model_card(run, merged=merged), encoding="utf-8")
+        (stage / "README.md").write_text(
+            model_card(run, merged=merged, folder=out.name), encoding="utf-8"
+        )
     return out
 
 
@@ -111,13 +115,19 @@ def _write_adapter(config: RunConfig, adapter: Path, folder: Path) -> None:
 # -- the model card --
 
 
-def model_card(run: Run, *, merged: bool) -> str:
-    """README.md of an export: what it is, how it was made and measured, and how to load it."""
+def model_card(run: Run, *, merged: bool, folder: str) -> str:
+    """README.md of an export: what it is, how it was made and measured, and how to load it.
+
+    Args:
+        run: what was exported.
+        merged: see `export_run`.
+        folder: name of the export's folder, for the code that loads it.
+    """
     config, base = run.config(), public_name(run.config().model.name)
     parts = [
         _front_matter(base, merged),
         f"# {run.name}\n\n{_what_it_is(config, base, merged)}",
-        f"## Load it\n\n```python\n{_loading_code(run.name, base, merged)}\n```",
+        f"## Load it\n\n```python\n{_loading_code(folder, base, merged)}\n```",
         f"## Training\n\n{_markdown_table(('setting', 'value'), _settings(run))}",
         *_results(run),
         f"## Method\n\n{_METHOD}",
@@ -127,12 +137,14 @@ def model_card(run: Run, *, merged: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_METHOD = """\
-Gap-Aware Preference Optimization (GaPO) is preference optimisation in which each pair has a target margin of its own: \
-the less alike the preferred and the dispreferred response are, by an evaluation factor (EF) in [0, 1], the further \
-apart their rewards are asked to be. Its loss is −log σ(β(a_w − a_l) − margin), where a is a response's average \
-log-probability per token. The paper is *Gap-Aware Preference Optimization: Enhancing Model Alignment with Perception \
-Margin*. SimPO is the same with one margin for all pairs. Made with GaPO-Lite."""
+_METHOD = (
+    "Gap-Aware Preference Optimization (GaPO) is preference optimisation in which each pair has a "
+    "target margin of its own: the less alike the preferred and the dispreferred response are, by "
+    "an evaluation factor (EF) in [0, 1], the further apart their rewards are asked to be. Its "
+    "loss is −log σ(β(a_w − a_l) − margin), where a is a response's average log-probability per "
+    "token. The paper is *Gap-Aware Preference Optimization: Enhancing Model Alignment with "
+    "Perception Margin*. SimPO is the same with one margin for all pairs. Made with GaPO-Lite."
+)
 
 
 def _front_matter(base: str, merged: bool) -> str:
@@ -163,34 +175,44 @@ def _what_it_is(config: RunConfig, base: str, merged: bool) -> str:
         f"{what}, trained with {objective} {bits} on pairs of `{public_name(config.data.source)}`."
     )
     if merged and config.model.quantization == "nf4":
-        text += " The weights that it is merged into are the unquantised ones, so numbers differ a little from training."
+        text += (
+            " The weights that it is merged into are the unquantised ones, so numbers differ a "
+            "little from training."
+        )
     if config.model.name in PUBLIC_NAMES:
-        text += " The base model was taken from its 4-bit GGUF file, whose weights differ a little from the original's."
+        text += (
+            " The base model was taken from its 4-bit GGUF file, whose weights differ a little "
+            "from the original's."
+        )
     return text
 
 
-def _loading_code(name: str, base: str, merged: bool) -> str:
-    folder = f"{name}-{'merged' if merged else 'adapter'}"
-    if merged:
-        load = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-        load += [f'model = AutoModelForCausalLM.from_pretrained("{folder}")']
-    else:
-        load = [
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-        ]
-        load += [f'base = AutoModelForCausalLM.from_pretrained("{base}")']
-        load += [f'model = PeftModel.from_pretrained(base, "{folder}")']
-    ask = [
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
-        'messages = [{"role": "user", "content": "What is a leap year?"}]',
-        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", '
-        "return_dict=True)",
-        "answer = model.generate(**inputs, max_new_tokens=128)[0, inputs.input_ids.shape[1] :]",
-        "print(tokenizer.decode(answer, skip_special_tokens=True))",
-    ]
-    return "\n".join(load + ask)
+_LOAD_MERGED = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+"""
+_LOAD_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{folder}")
+"""
+_ASK = """\
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+inputs = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "What is a leap year?"}}],
+    add_generation_prompt=True,
+    return_tensors="pt",
+    return_dict=True,
+)
+answer = model.generate(**inputs, max_new_tokens=128)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
+
+
+def _loading_code(folder: str, base: str, merged: bool) -> str:
+    return ((_LOAD_MERGED if merged else _LOAD_ADAPTER) + _ASK).format(folder=folder, base=base)
 
 
 def _settings(run: Run) -> list[tuple[str, str]]:
@@ -243,7 +265,7 @@ def _count(margins: dict[str, Any], split: str) -> str:
 
 
 def _results(run: Run) -> list[str]:
-    """The first and the last held-out metrics up to the exported step; nothing where no pairs were held out."""
+    """The first and the last held-out metrics up to the exported step, where there are any."""
     step = adapter_step(run, run.trained_adapter())
     rows = [row for row in run.metrics() if "eval/loss" in row and row["step"] <= step]
     if not rows:
@@ -268,7 +290,10 @@ def _licence(base: str) -> str:
         if known
         else "The base model's licence is named on its page."
     )
-    return f"{what} It covers what is derived from the model, so these weights too; the training data may add terms."
+    return (
+        f"{what} It covers what is derived from the model, so these weights too; the training data "
+        "may add terms."
+    )
 
 
 def _versions(run: Run) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -54,7 +55,8 @@ def stream_answer(
     """Pieces of the answer as they are made; closing the iterator stops the model.
 
     Args:
-        model: the policy; disable its adapter around the whole iteration for the base model's answer.
+        model: the policy; disable its adapter around the whole iteration for the base model's
+            answer.
         tokenizer: with a chat template.
         messages: the conversation so far; its last turn is the user's.
         max_tokens: longest answer, in tokens.
@@ -110,7 +112,7 @@ def _generate(
     top_p: float,
     seed: int,
 ) -> None:
-    training = model.training
+    training, run = model.training, cast(Any, model.generate)
     try:
         model.eval()
         inputs = tokenizer(
@@ -122,7 +124,7 @@ def _generate(
         with torch.random.fork_rng(enabled=bool(sampling)):
             if sampling:
                 torch.manual_seed(seed)
-            model.generate(
+            run(
                 **inputs.to(model.device),
                 **(
                     {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

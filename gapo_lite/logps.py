@@ -1,8 +1,10 @@
 """Hidden states → log-probabilities of the scored tokens, without ever holding the full logits.
 
-Only the rows that predict a scored token reach the vocabulary projection, tile by tile. Since d logp_t / d h depends on
-nothing downstream, each tile's gradient row W[t] − softmax(h Wᵀ) W is made in the forward pass while the tile's logits
-are there, and the backward pass only scales it: two matrix products a tile instead of the three of recomputation, and
+Only the rows that predict a scored token reach the vocabulary projection, tile by tile. Since d
+logp_t / d h depends on nothing downstream, each tile's gradient row W[t] − softmax(h Wᵀ) W is made
+in the forward pass while the tile's logits
+are there, and the backward pass only scales it: two matrix products a tile instead of the three of
+    recomputation, and
 memory for one tile of logits.
 
 Naive equivalent (what the tests compare with):
@@ -20,14 +22,16 @@ import torch
 from gapo_lite.types import PairBatch, PairLogps
 
 TILE_ROWS = {"cpu": 256, "cuda": 2048}
-"""Rows a tile: float32 logits of one tile take rows × vocabulary × 4 bytes (cuda, Llama-3: 1.0 GiB)."""
+"""Rows a tile: float32 logits of one tile take rows × vocabulary × 4 bytes (cuda, Llama-3: 1.0
+GiB)."""
 
 
 def pair_logps(hidden: torch.Tensor, weight: torch.Tensor, batch: PairBatch) -> PairLogps:
     """Sums of the scored tokens' log-probabilities, response by response.
 
     Args:
-        hidden: the last hidden states, after the final norm, in the batch's layout: (1, T, H) or (2B, L, H).
+        hidden: the last hidden states, after the final norm, in the batch's layout: (1, T, H) or
+            (2B, L, H).
         weight: (V, H) the output head, frozen.
         batch: which rows predict which tokens of which response.
     """
@@ -87,7 +91,8 @@ class _SelectedLogps(torch.autograd.Function):
 def _tile_logps(
     rows: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities (n,) and softmax (n, V) of one tile, float32; the logits' memory becomes the softmax's."""
+    """Log-probabilities (n,) and softmax (n, V) of one tile, float32; the logits' memory becomes
+    the softmax's."""
     logits = torch.mm(rows, weight.T).float()
     chosen = logits.gather(1, target_ids[:, None])[:, 0]
     maxima = logits.max(dim=1).values

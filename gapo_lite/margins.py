@@ -1,7 +1,9 @@
 """From evaluation factors to target margins: floor, mapping, normalisation.
 
-Source: *Gap-Aware Preference Optimization*, section 3.2 (eqs. 6, 8 and 10) and Table 4. The floor is this project's own
-decision: real data has pairs with no common token (EF = 0, so log(1/EF) would be infinite), and the paper does not say
+Source: *Gap-Aware Preference Optimization*, section 3.2 (eqs. 6, 8 and 10) and Table 4. The floor
+    is this project's own
+decision: real data has pairs with no common token (EF = 0, so log(1/EF) would be infinite), and
+    the paper does not say
 what it does with them.
 
     ef ── clamp to [ef_floor, 1] ── mapping ──> gap ── normalisation with γ ──> target margin
@@ -69,7 +71,8 @@ def estimate_margins(
         normalization: a key of NORMALIZATIONS.
         gamma: γ, the mean target margin under `scale` and `shift`. Paper: 0.3.
         ef_floor: EF values below it are raised to it, in (0, 1].
-        mean_gap: mean gap of the training split, for held-out pairs; None computes it from `ef` (the training split).
+        mean_gap: mean gap of the training split, for held-out pairs; None computes it from `ef`
+            (the training split).
 
     Raises:
         ConfigError: an unknown mapping or normalisation, or a floor outside (0, 1].
@@ -85,8 +88,10 @@ def estimate_margins(
         mean_gap = float(gaps.mean())
     if normalization == "scale" and mean_gap <= 0.0:
         raise DataError(
-            f"every gap is 0: all {ef.size} pairs have an evaluation factor of 1 (chosen and rejected look the same to "
-            "this metric), so `normalization: scale` would divide by zero. Choose another EF metric, use "
+            f"every gap is 0: all {ef.size} pairs have an evaluation factor of 1 (chosen and "
+            "rejected look the same to "
+            "this metric), so `normalization: scale` would divide by zero. Choose another EF "
+            "metric, use "
             "`normalization: shift`, or check that chosen and rejected are different columns."
         )
     values = NORMALIZATIONS[normalization](gaps, mean_gap, gamma)
@@ -127,5 +132,6 @@ def _check_ef(ef: np.ndarray) -> None:
     bad = np.flatnonzero(~((ef >= 0.0) & (ef <= 1.0)))  # NaN fails both comparisons
     if bad.size:
         raise DataError(
-            f"{bad.size} evaluation factors lie outside [0, 1]; the first is {ef[bad[0]]} of pair {bad[0]} (from 0)."
+            f"{bad.size} evaluation factors lie outside [0, 1]; the first is {ef[bad[0]]} of "
+            f"pair {bad[0]} (from 0)."
         )

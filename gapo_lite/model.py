@@ -1,7 +1,7 @@
 """The policy: a base model in 4 bits with a LoRA adapter, and its forward pass over pairs.
 
-The only module, with unsloth_backend.py, that knows how models are loaded. The reference model is this one with its adapter disabled,
-never a second copy.
+The only module, with unsloth_backend.py, that knows how models are loaded. The reference model is
+this one with its adapter disabled, never a second copy.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,8 @@ def forward_logps(model: Policy, batch: PairBatch) -> PairLogps:
 
 def causal_model(model: Policy) -> PreTrainedModel:
     """The model beneath the adapter (with the adapter's layers in it)."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return causal
 
 
 def _hidden_states(causal: PreTrainedModel, batch: PairBatch) -> torch.Tensor:
@@ -74,8 +76,9 @@ def _hidden_states(causal: PreTrainedModel, batch: PairBatch) -> torch.Tensor:
 
 
 def _autocast(causal: PreTrainedModel) -> torch.autocast:
-    """bfloat16 arithmetic where the base is bfloat16, so that float32 adapters don't pull activations to float32."""
-    weight = causal.get_input_embeddings().weight
+    """bfloat16 arithmetic where the base is bfloat16, so that float32 adapters don't pull
+    activations to float32."""
+    weight: Any = causal.get_input_embeddings().weight
     return torch.autocast(
         weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16
     )
@@ -112,7 +115,8 @@ def resolve_model(name: str) -> str:
     if _HUB_ID.fullmatch(name) and ".." not in name:
         return name
     raise ModelError(
-        f"the model {name!r} is neither an existing folder nor a Hub id of the form owner/name. Known without a "
+        f"the model {name!r} is neither an existing folder nor a Hub id of the form owner/name. "
+        "Known without a "
         f"network: {', '.join(n for n in EMBEDDED_MODELS if 'smollm' in n)}."
     )
 
@@ -140,7 +144,8 @@ def load_base(
     """The base model, frozen, on `device`.
 
     Args:
-        name: embedded name, folder or Hub id. A folder that is already quantised by bitsandbytes is taken as it is.
+        name: embedded name, folder or Hub id. A folder that is already quantised by bitsandbytes
+            is taken as it is.
         revision: of the Hub repository.
         quantization: "nf4" (4 bits, double quantisation) or "none".
         dtype: arithmetic, and the type of embedding, head and norms.
@@ -167,7 +172,8 @@ def load_base(
 
 
 def prepare_base(name: str, model: PreTrainedModel) -> None:
-    """Freezes a loaded base model, keeps its 4-bit layers trainable on a CPU, and checks its output head.
+    """Freezes a loaded base model, keeps its 4-bit layers trainable on a CPU, and checks its
+    output head.
 
     Raises:
         ModelError: the head is not a plain linear layer.
@@ -181,7 +187,7 @@ def add_adapter(
     model: PreTrainedModel,
     *,
     rank: int = 16,
-    alpha: float = 32.0,
+    alpha: int = 32,
     dropout: float = 0.0,
     target_modules: str | list[str] = "all-linear",
     gradient_checkpointing: bool = False,
@@ -224,7 +230,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"{folder} holds no adapter (adapter_config.json is missing). Did the run finish a save?"
+            f"{folder} holds no adapter (adapter_config.json is missing). Did the run finish a "
+            "save?"
         )
     try:
         with warnings.catch_warnings():
@@ -236,13 +243,15 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
             "base_model_name_or_path"
         )
         raise ModelError(
-            f"the adapter in {folder} does not fit {model.config.name_or_path}: it was made for {made_for}. "
+            f"the adapter in {folder} does not fit {model.config.name_or_path}: it was made for "
+            f"{made_for}. "
             f"Load that base model instead. ({' '.join(str(error).split())[:200]})"
         ) from None
 
 
 def why_not_packed(model: Policy) -> str:
-    """Whether the packed layout gives this model the hidden states that the padded one gives: "" if so, else why not.
+    """Whether the packed layout gives this model the hidden states that the padded one gives: ""
+    if so, else why not.
 
     Also switches the model's attention to the one that knows both layouts, where that is possible.
     """
@@ -253,7 +262,8 @@ def why_not_packed(model: Policy) -> str:
         return "it uses a sliding attention window"
     causal.set_attn_implementation(SHARED_PREFIX)
     error = _packing_error(causal)
-    if error > _PACKING_TOLERANCE[causal.get_input_embeddings().weight.dtype]:
+    dtype: Any = causal.get_input_embeddings().weight.dtype
+    if error > _PACKING_TOLERANCE[dtype]:
         causal.set_attn_implementation("sdpa")
         return f"its hidden states differ by {error:.0%} between the two layouts"
     return ""
@@ -261,11 +271,12 @@ def why_not_packed(model: Policy) -> str:
 
 @torch.no_grad()
 def _packing_error(causal: PreTrainedModel) -> float:
-    """Relative difference of the predicting hidden states, packed against padded, on random tokens."""
+    """Relative difference of the predicting hidden states, packed against padded, on random
+    tokens."""
     draw = np.random.default_rng(0)
     vocabulary = min(causal.config.get_text_config().vocab_size, 1000)
     ids = [draw.integers(0, vocabulary, n).astype(np.int32) for n in (5, 4, 7, 3, 6, 2)]
-    pairs = [TokenizedPair(*ids[:3], margin=0.0), TokenizedPair(*ids[3:], margin=0.0)]
+    pairs = [TokenizedPair(p, w, l, 0.0) for p, w, l in (ids[:3], ids[3:])]
     training = causal.training
     causal.eval()
     rows = []
@@ -291,10 +302,11 @@ def _unpacked(name: str) -> Path:
         contextlib.redirect_stderr(io.StringIO()),
     ):  # a progress bar of its own
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32
         )
-        # It still calls itself a GGUF model, which cannot be saved, although its weights are plain by now.
+        # It still calls itself a GGUF model, which cannot be saved, although its weights are plain
+        # by now.
         model.hf_quantizer = None
         del model.config.quantization_config
         model.to(torch.bfloat16).save_pretrained(stage)
@@ -319,7 +331,8 @@ def _existing_quantization(name: str, config: PretrainedConfig) -> bool:
     method = config.to_dict().get("quantization_config", {}).get("quant_method")
     if method not in (None, "bitsandbytes"):
         raise ModelError(
-            f"{name} is quantised by {method}, which cannot be trained here. Choose the unquantised model: it is "
+            f"{name} is quantised by {method}, which cannot be trained here. Choose the "
+            "unquantised model: it is "
             "quantised to 4 bits while loading."
         )
     return method is not None
@@ -328,15 +341,18 @@ def _existing_quantization(name: str, config: PretrainedConfig) -> bool:
 def _keep_trainable_layout(model: PreTrainedModel) -> None:
     """Forbids bitsandbytes to repack CPU weights for AVX-512 in eval mode (seen in 0.50.2).
 
-    A repacked layer stays so after `.train()`, and no gradient flows through it from then on, silently.
+    A repacked layer stays so after `.train()`, and no gradient flows through it from then on,
+    silently.
     """
+    module: Any
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
 
 
 def _check_head(name: str, model: PreTrainedModel) -> None:
-    """The tiles of logps.py stand for the model's own head: refuse heads that do more than a matrix product."""
+    """The tiles of logps.py stand for the model's own head: refuse heads that do more than a
+    matrix product."""
     head = model.get_output_embeddings()
     settings = model.config.get_text_config().to_dict()
     scales = [
@@ -360,13 +376,19 @@ def _loading(name: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         text = " ".join(str(error).split())
         if "gated" in text.lower() or "401" in text or "403" in text:
-            remedy = "It is gated: accept its licence on the Hub, then log in with `hf auth login` (or set HF_TOKEN)."
+            remedy = (
+                "It is gated: accept its licence on the Hub, then log in with `hf auth login` "
+                "(or set HF_TOKEN)."
+            )
         elif _HUB_ID.fullmatch(name) and not Path(name).exists():
             remedy = (
                 "Check the spelling and the network, or give a local folder that holds the model."
             )
         else:
-            remedy = "Check that the folder holds a complete transformers model (config, tokenizer, safetensors)."
+            remedy = (
+                "Check that the folder holds a complete transformers model "
+                "(config, tokenizer, safetensors)."
+            )
         raise ModelError(f"the model {name} could not be loaded: {text[:300]} {remedy}") from None
 
 

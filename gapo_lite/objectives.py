@@ -1,7 +1,7 @@
 """The objectives: pure functions from log-probabilities and target margins to losses.
 
-All share one loss line, `-log σ(Δr − margin_in_reward_units)`; they differ in how they make rewards and margins
-(METHOD.md, section 3). Symbols: a = `logps_avg`, w/l = chosen/rejected.
+All share one loss line, `-log σ(Δr − margin_in_reward_units)`; they differ in how they make
+rewards and margins (METHOD.md, section 3). Symbols: a = `logps_avg`, w/l = chosen/rejected.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ def gapo_loss(
 ) -> LossOutput:
     """Gap-Aware Preference Optimization on SimPO's length-normalised reward.
 
-    Paper: *Gap-Aware Preference Optimization*, eqs. 5 and 9; with a constant margin it is SimPO (arXiv 2405.14734).
-    Formula: −log σ(β·a_w − β·a_l − s·margin), with s = β for `margin_scale="beta"` (eq. 5: γ = 0.3 and β = 10 are an
-    average target margin of 3 reward units, as in SimPO's recipe) and s = 1 for `"one"` (eq. 9 to the letter).
+    Paper: *Gap-Aware Preference Optimization*, eqs. 5 and 9; with a constant margin it is SimPO
+        (arXiv 2405.14734).
+    Formula: −log σ(β·a_w − β·a_l − s·margin), with s = β for `margin_scale="beta"` (eq. 5: γ = 0.3
+        and β = 10 are an
+    average target margin of 3 reward units, as in SimPO's recipe) and s = 1 for `"one"` (eq. 9 to
+    the letter).
     Usual ranges: β 2 to 10; γ (the mean margin) 0.1 to 0.5.
 
     Args:
@@ -56,7 +59,7 @@ def gapo_loss(
 
 
 def _on_average_logps(
-    logps: PairLogps, margin: torch.Tensor, beta: float, margin_scale: MarginScale
+    logps: PairLogps, margin: torch.Tensor, *, beta: float, margin_scale: MarginScale
 ) -> LossOutput:
     return gapo_loss(
         logps.chosen_avg, logps.rejected_avg, margin, beta=beta, margin_scale=margin_scale
@@ -68,14 +71,14 @@ class ObjectiveSpec:
     """One objective.
 
     Attributes:
-        fn: (logps, margin (B,), beta, margin_scale) → LossOutput.
+        fn: (logps: PairLogps, margin (B,), beta=…, margin_scale=…) → LossOutput.
         uses_reference: whether it compares with the model without its adapter.
         length_normalized: whether its reward is an average per token.
         takes_margin: "ef" for the pair's own margin, "constant" for γ.
         formula: for the screen and the docs.
     """
 
-    fn: Callable[[PairLogps, torch.Tensor, float, MarginScale], LossOutput]
+    fn: Callable[..., LossOutput]
     uses_reference: bool
     length_normalized: bool
     takes_margin: Literal["ef", "constant"]
@@ -86,4 +89,5 @@ OBJECTIVES = {
     "gapo": ObjectiveSpec(_on_average_logps, False, True, "ef", "−log σ(β(a_w − a_l) − margin)"),
     "simpo": ObjectiveSpec(_on_average_logps, False, True, "constant", "−log σ(β(a_w − a_l − γ))"),
 }
-"""Name → objective. SimPO is GaPO with γ for every pair: they share the function, not only the idea."""
+"""Name → objective. SimPO is GaPO with γ for every pair: they share the function, not only the
+idea."""

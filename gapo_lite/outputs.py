@@ -1,6 +1,7 @@
-"""Files and folders that a command leaves: whole or not at all, whatever happens while they are written.
+"""Files and folders that a command leaves: whole or not at all.
 
-They are written beside their place and renamed. After Ctrl-C, an error or a full disk the place is as it was before.
+They are written beside their place and renamed. After Ctrl-C, an error or a full disk the place is
+as it was before.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def check_out(out: Path, source: str | Path = "") -> None:
         raise RunError(f"{out} is a folder: name a file in it.")
     if not out.parent.is_dir():
         raise RunError(
-            f"there is no folder {out.parent} for {out.name}. Make it first, or choose another place."
+            f"there is no folder {out.parent} for {out.name}. Make it first, or choose another "
+            "place."
         )
     if str(source) and out.exists() and Path(source).exists() and out.samefile(source):
         raise RunError(f"{out} is what is read, and would be overwritten. Choose another name.")
@@ -61,7 +63,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(
-            f"{out} is there already and not empty; nothing was written. Choose another folder with --out."
+            f"{out} is there already and not empty; nothing was written. Choose another folder "
+            "with --out."
         )
     part = _beside(out)
     new_parents = [path for path in part.parents if not path.exists()]
@@ -85,7 +88,7 @@ def _beside(out: Path) -> Path:
 
 
 def _settle(path: Path) -> None:
-    """Flushes a file to the disk and lets others read it (safetensors makes files for their owner alone)."""
+    """Flushes a file to the disk and lets others read it, which safetensors does not."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

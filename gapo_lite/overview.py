@@ -1,4 +1,4 @@
-"""All runs at a glance, for a table: what each trains, how far it is, and how it does on held-out pairs.
+"""All runs at a glance, for a table: what each trains, how far it is, and how well it does.
 
 A folder that cannot be read is one row that says so, and never breaks the list.
 """

@@ -55,7 +55,8 @@ class TrainingProgress:
         """New numbers, of training or (prefixed `eval/`) of held-out pairs."""
         prefix, where = ("eval/", "held out: ") if "eval/loss" in logs else ("", "")
         text = (
-            f"{where}loss {logs[f'{prefix}loss']:.4f} · reward margin {logs[f'{prefix}rewards/margins']:+.3f} · "
+            f"{where}loss {logs[f'{prefix}loss']:.4f} · reward margin "
+            f"{logs[f'{prefix}rewards/margins']:+.3f} · "
             f"accuracy {logs[f'{prefix}rewards/accuracies']:.1%}"
         )
         if not prefix:

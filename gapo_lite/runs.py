@@ -1,4 +1,5 @@
-"""The run folder: everything that is known of a training run, for its process to write and for others to read.
+"""The run folder: everything that is known of a training run, for its process to write and for
+others to read.
 
     runs/<name>/
       config.yaml        the resolved configuration
@@ -11,8 +12,8 @@
       checkpoints/       see checkpoints.py
       adapter/           what peft loads
 
-Whether a run is alive is a lock on `.lock`, held by its process and released by the system when that ends: no pid or
-flag can be stale.
+Whether a run is alive is a lock on `.lock`, held by its process and released by the system when
+that ends: no pid or flag can be stale.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ class Run:
             raise RunError(f"{self.path / name} is damaged: it is not JSON.") from None
 
     def state(self) -> str:
-        """starting, running, stopped, finished, failed, or interrupted (its process is gone without a word)."""
+        """starting, running, stopped, finished, failed, or interrupted (its process is gone
+        without a word)."""
         state = str(self.read("status.json").get("state", "starting"))
         return "interrupted" if state in ACTIVE_STATES and not self.is_locked() else state
 
@@ -95,7 +97,8 @@ class Run:
             return False
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All rows logged so far; an unterminated last line is one being written, and is left out."""
+        """All rows logged so far; an unterminated last line is one being written, and is left
+        out."""
         return read_jsonl(self.path / "metrics.jsonl")
 
     def trained_adapter(self) -> Path:
@@ -155,7 +158,8 @@ class Run:
             except BlockingIOError:
                 pid = self.read("status.json").get("pid")
                 raise RunError(
-                    f"the run {self.name} is being trained by another process (pid {pid}). Wait for it or stop it."
+                    f"the run {self.name} is being trained by another process (pid {pid}). Wait "
+                    "for it or stop it."
                 ) from None
             yield
 
@@ -169,7 +173,8 @@ def create_run(runs_dir: Path, name: str | None, default: str) -> Run:
         default: used where no name is given; characters that a name cannot have become "-".
 
     Raises:
-        RunError: the name has a path or odd characters in it, or is in use, or the folder cannot be made.
+        RunError: the name has a path or odd characters in it, or is in use, or the folder cannot
+            be made.
     """
     with telling_disk_errors(runs_dir):
         runs_dir.mkdir(parents=True, exist_ok=True)
@@ -231,7 +236,8 @@ def device_lease(device_id: str) -> Iterator[None]:
             stack.enter_context(_locked(path, mode=0o666))
         except BlockingIOError:
             raise RunError(
-                f"another training already uses this GPU ({device_id}; lock {path}). Two would slow or break each "
+                f"another training already uses this GPU ({device_id}; lock {path}). Two would "
+                "slow or break each "
                 "other: wait for it, stop it, or choose another GPU with CUDA_VISIBLE_DEVICES."
             ) from None
         yield
@@ -250,7 +256,8 @@ def telling_disk_errors(place: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         raise RunError(
-            f"cannot write {place}: {os.strerror(error.errno)}. What was saved before is untouched: make room (or "
+            f"cannot write {place}: {os.strerror(error.errno)}. What was saved before is "
+            "untouched: make room (or "
             "write elsewhere with --runs-dir), then go on with --resume."
         ) from None
 
@@ -272,14 +279,16 @@ def now() -> float:
 def _made(runs_dir: Path, name: str) -> Run:
     if not _NAME.fullmatch(name):
         raise RunError(
-            f"{name!r} cannot be a run's name: use letters, digits, '.', '_' and '-' (at most 100, no path). "
+            f"{name!r} cannot be a run's name: use letters, digits, '.', '_' and '-' (at most "
+            "100, no path). "
             "--runs-dir says where runs lie."
         )
     try:
         (runs_dir / name).mkdir()
     except FileExistsError:
         raise RunError(
-            f"the run name {name!r} is in use ({runs_dir / name}). Choose another, or go on with it: --resume {name}."
+            f"the run name {name!r} is in use ({runs_dir / name}). Choose another, or go on with "
+            f"it: --resume {name}."
         ) from None
     return Run(runs_dir / name)
 

@@ -1,4 +1,4 @@
-"""What the command line says and shows: log lines, errors, tables. Imports neither torch nor the libraries of training."""
+"""What the command line says and shows: log lines, errors and tables. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PIPE_COLUMNS = 180  # rich takes 80 where there is no terminal, which would cut
 
 
 def visible(text: str) -> str:
-    """Text with its control characters (ESC above all) shown instead of obeyed; line breaks and tabs stay."""
+    """Text with its control characters (ESC above all) shown, not obeyed; \\n and \\t stay."""
     return text.translate(_HARMLESS)
 
 
@@ -28,7 +28,10 @@ def is_main_process() -> bool:
 
 
 def show_error(error: Exception) -> None:
-    """`error: …` on stderr. Of several processes the first speaks, and one that fails on its own (out of memory)."""
+    """`error: …` on stderr.
+
+    Of several processes the first speaks, and any that can fail on its own, as when memory is out.
+    """
     if is_main_process():
         print(visible(f"error: {error}"), file=sys.stderr, flush=True)
     elif isinstance(error, RunError):
@@ -44,13 +47,14 @@ def note(text: str) -> None:
 
 @contextlib.contextmanager
 def log_to_stderr() -> Iterator[None]:
-    """Shows what gapo_lite logs: on a terminal, where bars tell the progress, warnings only; elsewhere every line."""
+    """Shows what gapo_lite logs: every line, or warnings only on a terminal, which has bars.
+
+    Errors are left to `show_error`: what is logged as one is raised too.
+    """
     package = logging.getLogger("gapo_lite")
     handler, level = _StderrHandler(), package.level
     handler.setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)
-    handler.addFilter(
-        lambda record: is_main_process() and record.levelno < logging.ERROR
-    )  # errors: see show_error
+    handler.addFilter(lambda record: is_main_process() and record.levelno < logging.ERROR)
     handler.setFormatter(_Plain())
     package.addHandler(handler)
     package.setLevel(logging.INFO)
@@ -62,7 +66,7 @@ def log_to_stderr() -> Iterator[None]:
 
 
 class _StderrHandler(logging.StreamHandler):
-    """To what sys.stderr is at the time: a progress bar replaces it, so that lines appear above the bar."""
+    """To what sys.stderr is at the time: a bar replaces it, so that lines appear above the bar."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -79,7 +83,7 @@ class _Plain(logging.Formatter):
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """A table on stdout, the first column on the left and the others on the right; markup in cells is plain text."""
+    """A table on stdout, its first column on the left, the others on the right; no markup."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -1,9 +1,12 @@
 """GapoTrainer: a thin `transformers.Trainer` for preference pairs.
 
-It keeps the stock loop (schedule, accumulation, clipping, callbacks, accelerate) and replaces what that gets wrong for
-this job: the loss is a mean over pairs whatever the micro-batches, metrics are counted over pairs and survive a resume,
-checkpoints are whole or absent, a NaN stops before the weights change, and running out of memory splits the micro-batch.
-`training.py` has `train()`, which prepares everything from a config and runs it.
+It keeps the stock loop (schedule, accumulation, clipping, callbacks, accelerate) and replaces what
+that gets wrong for
+this job: the loss is a mean over pairs whatever the micro-batches, metrics are counted over pairs
+    and survive a resume,
+checkpoints are whole or absent, a NaN stops before the weights change, and running out of memory
+splits the micro-batch. `training.py` has `train()`, which prepares everything from a config and
+runs it.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -92,6 +95,7 @@ class GapoTrainer(Trainer):
         self.keep_checkpoints = keep_checkpoints
         self.heldout_pairs = list(heldout_pairs)
         self.splits = 1  # micro-batches are cut into so many parts since memory ran out
+        self.policy = model
         self.loss_fn: LossFn = partial(
             OBJECTIVES[objective].fn, beta=beta, margin_scale=margin_scale
         )
@@ -108,7 +112,9 @@ class GapoTrainer(Trainer):
             args=args,
             train_dataset=train_pairs,
             eval_dataset=self.heldout_pairs or None,
-            data_collator=list,  # splitting a micro-batch needs the pairs; training_step collates
+            data_collator=cast(
+                Any, list
+            ),  # splitting a micro-batch needs the pairs; training_step collates
             **kwargs,
         )
         self.remove_callback(PrinterCallback)
@@ -132,10 +138,11 @@ class GapoTrainer(Trainer):
         return int(total)
 
     def training_step(
-        self, model: torch.nn.Module, inputs: list[TokenizedPair], num_items_in_batch: Any = None
+        self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Forward and backward of one micro-batch; if memory runs out, of this step's so far, in halves."""
-        self.model.train()
+        """Forward and backward of one micro-batch; if memory runs out, of this step's so far, in
+        halves."""
+        self.policy.train()
         self._step_pairs.append(inputs)
         try:
             loss = self._forward_backward(inputs, num_items_in_batch)
@@ -151,7 +158,7 @@ class GapoTrainer(Trainer):
         size = math.ceil(len(pairs) / self.splits)
         for start in range(0, len(pairs), size):
             batch = self.collate(pairs[start : start + size]).to(self.args.device)
-            logps = forward_logps(self.model, batch)
+            logps = forward_logps(self.policy, batch)
             output = self.loss_fn(logps, batch.margin)
             loss = output.losses.sum() / num_pairs  # mean over the pairs of the whole step
             loss.backward()
@@ -160,7 +167,8 @@ class GapoTrainer(Trainer):
         return total
 
     def _redo_in_halves(self, num_pairs: int, oom: str) -> torch.Tensor:
-        """Starts the optimizer step again with smaller forward passes (a broken one may have left part gradients)."""
+        """Starts the optimizer step again with smaller forward passes (a broken one may have left
+        part gradients)."""
         largest = max(len(batch) for batch in self._step_pairs)
         if self.splits >= largest or self.args.world_size > 1:
             hint = (
@@ -169,30 +177,33 @@ class GapoTrainer(Trainer):
                 else "lower training.micro_batch_size"
             )
             raise RunError(
-                f"out of memory at step {self.state.global_step + 1} with {math.ceil(largest / self.splits)} pair(s) a "
+                f"out of memory at step {self.state.global_step + 1} with "
+                f"{math.ceil(largest / self.splits)} pair(s) a "
                 f"forward pass: {hint}, or turn on training.gradient_checkpointing. ({oom[:200]})"
             )
         self.splits *= 2
         size = math.ceil(self.args.per_device_train_batch_size / self.splits)
         logger.warning(
-            "Out of memory: going on with micro-batches of %d pair(s) and %d accumulation steps (the same effective "
+            "Out of memory: going on with micro-batches of %d pair(s) and %d accumulation steps "
+            "(the same effective "
             "batch; set training.micro_batch_size to %d next time).",
             size,
             self.args.gradient_accumulation_steps * self.splits,
             size,
         )
-        self.model.zero_grad()
+        self.policy.zero_grad()
         self._step_sums.zero_()
         if self.args.device.type == "cuda":
             torch.cuda.empty_cache()
         batches, self._step_pairs = self._step_pairs, []
-        losses = [self.training_step(self.model, batch, num_pairs) for batch in batches]
+        losses = [self.training_step(self.policy, batch, num_pairs) for batch in batches]
         return losses[-1]
 
     def _average_over_processes(self) -> None:
-        """Sums the gradients of all processes once a step (the loss is a share of the whole step's mean already)."""
+        """Sums the gradients of all processes once a step (the loss is a share of the whole step's
+        mean already)."""
         if self.args.world_size > 1 and self.accelerator.sync_gradients:
-            for parameter in self.model.parameters():
+            for parameter in self.policy.parameters():
                 if parameter.requires_grad and parameter.grad is not None:
                     distributed.all_reduce(parameter.grad)
 
@@ -201,8 +212,10 @@ class GapoTrainer(Trainer):
         norm = super()._clip_grad_norm(model)
         if not math.isfinite(norm):
             raise RunError(
-                f"the gradient norm is {float(norm)} at step {self.state.global_step + 1}; stopped before the weights "
-                "changed. Lower training.learning_rate or objective.beta, or use model.precision: float32; then start "
+                f"the gradient norm is {float(norm)} at step {self.state.global_step + 1}; "
+                "stopped before the weights "
+                "changed. Lower training.learning_rate or objective.beta, or use "
+                "model.precision: float32; then start "
                 "again, or resume from the last checkpoint."
             )
         return norm
@@ -219,7 +232,8 @@ class GapoTrainer(Trainer):
         elif not any(key.startswith("eval/") for key in logs):
             return
         super().log(logs, start_time)
-        self.state.log_history.clear()  # metrics.jsonl has it; kept here, it would grow every checkpoint
+        # metrics.jsonl has it; kept here, it would grow every checkpoint
+        self.state.log_history.clear()
         if self.run and self.is_world_process_zero():
             self.run.append("metrics.jsonl", {"step": self.state.global_step, **logs})
 
@@ -265,7 +279,7 @@ class GapoTrainer(Trainer):
     def heldout_scores(self) -> PairScores:
         """Scores of the held-out pairs as the model is now."""
         return score_heldout(
-            self.model,
+            self.policy,
             self.heldout_pairs,
             self.loss_fn,
             self.collate,
@@ -294,7 +308,9 @@ class GapoTrainer(Trainer):
         self._window_start += time.perf_counter() - began
 
     def _save_shared_state(self, stage: Path, window: list[float]) -> None:
-        self.model.save_pretrained(stage, save_embedding_layers=False)  # "auto" would ask the Hub
+        self.policy.save_pretrained(
+            str(stage), save_embedding_layers=False
+        )  # "auto" would ask the Hub
         save_optimizer(stage, self.optimizer, self.lr_scheduler)
         self.state.save_to_json(str(stage / "trainer_state.json"))
         own = {"window": window, "splits": self.splits, "elapsed_s": self.elapsed_seconds()}
@@ -303,7 +319,7 @@ class GapoTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-        result = set_peft_model_state_dict(self.model, weights)
+        result: Any = set_peft_model_state_dict(self.policy, weights)
         if result.unexpected_keys:
             raise RunError(
                 f"the adapter in {folder} was made for another model: {result.unexpected_keys[:3]}."
@@ -330,18 +346,26 @@ class GapoTrainer(Trainer):
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process, in GiB: allocated on the GPU, or resident where there is none."""
+    """Peak memory of this process, in GiB: allocated on the GPU, or resident where there is
+    none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _sums(batch: PairBatch, logps: PairLogps, output: LossOutput) -> torch.Tensor:
-    """Sums of MEANS over a batch's pairs, then pairs and tokens; float64, without a device synchronisation."""
+    """Sums of MEANS over a batch's pairs, then pairs and tokens; float64, without a device
+    synchronisation."""
     losses, chosen, rejected, chosen_logps, rejected_logps, margin = pair_scores(
         logps, output, batch.margin
     )
-    columns = (losses, chosen, rejected, chosen - rejected, (chosen > rejected).float())
+    columns: tuple[torch.Tensor, ...] = (
+        losses,
+        chosen,
+        rejected,
+        chosen - rejected,
+        (chosen > rejected).float(),
+    )
     columns += (chosen_logps, rejected_logps, margin, torch.ones_like(margin))
     sums = torch.stack(columns).double().sum(dim=1)
     return torch.cat((sums, sums.new_tensor([batch.num_tokens])))

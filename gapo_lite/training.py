@@ -102,7 +102,8 @@ def train(
     default_name: str = "run",
     show_progress: bool = True,
 ) -> Run:
-    """Trains as `config` says and returns the run's folder; blocks until it has finished or was stopped.
+    """Trains as `config` says and returns the run's folder; blocks until it has finished or was
+    stopped.
 
     Args:
         config: the settings; with `resume`, they must be the run's own.
@@ -113,7 +114,8 @@ def train(
         show_progress: a progress bar on stderr.
 
     Raises:
-        GapoError: data, model, settings or run folder cannot be used; a new run then leaves nothing behind.
+        GapoError: data, model, settings or run folder cannot be used; a new run then leaves
+            nothing behind.
     """
     _check_reporters(config.training)
     state = PartialState()
@@ -152,7 +154,8 @@ def train(
 def prepare(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, show_progress: bool = False
 ) -> tuple[PreparedData, PreparedData | None, LoadedPairs]:
-    """Loads, splits, scores and tokenises: (training data, held-out data or None, what the source held).
+    """Loads, splits, scores and tokenises: (training data, held-out data or None, what the source
+    held).
 
     Raises:
         GapoError: see `train`.
@@ -182,7 +185,8 @@ def heldout_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepare
     _, heldout, _ = prepare(config, tokenizer)
     if heldout is None:
         raise ConfigError(
-            "this configuration holds no pairs out: set data.heldout_fraction or data.heldout_source."
+            "this configuration holds no pairs out: set data.heldout_fraction or "
+            "data.heldout_source."
         )
     return heldout
 
@@ -212,7 +216,8 @@ def _warn_of_shared_prompts(
     shared = sum(str(pair.prompt) in trained for pair in heldout_pairs)
     if shared:
         logger.warning(
-            "%d of %d held-out pairs have a prompt that is also trained on: their scores flatter the model.",
+            "%d of %d held-out pairs have a prompt that is also trained on: their scores flatter "
+            "the model.",
             shared,
             len(heldout_pairs),
         )
@@ -312,12 +317,12 @@ def _trainer(
 
 def _policy(config: RunConfig, device: torch.device) -> PeftModel:
     """The base model with a fresh adapter."""
-    source = {
+    source: dict[str, Any] = {
         "revision": config.model.revision,
         "quantization": config.model.quantization,
         "dtype": pick_precision(config.model.precision, device),
     }
-    adapter = {
+    adapter: dict[str, Any] = {
         **config.lora.model_dump(),
         "gradient_checkpointing": config.training.gradient_checkpointing,
         "seed": config.training.seed,
@@ -394,7 +399,8 @@ def _write_beginnings(
     known = run.read("environment.json").get("data_fingerprint", fingerprint)
     if known != fingerprint:
         raise RunError(
-            f"the training pairs of {config.data.source} have changed since the run {run.name} began, so it cannot "
+            f"the training pairs of {config.data.source} have changed since the run {run.name} "
+            "began, so it cannot "
             "go on exactly. Restore the data, or start a new run."
         )
     with telling_disk_errors(run.path):
@@ -501,7 +507,8 @@ class RunCallback(TrainerCallback):
         self._write_status("running", state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Heartbeat; the last step is evaluated and saved, and so is the one at which a stop was asked for."""
+        """Heartbeat; the last step is evaluated and saved, and so is the one at which a stop was
+        asked for."""
         self.progress.advance(state.global_step)
         self._write_status("running", state)
         if state.global_step >= state.max_steps:
@@ -509,13 +516,13 @@ class RunCallback(TrainerCallback):
         elif self._anyone_asked():
             control.should_save = control.should_training_stop = True
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Shows the newest numbers."""
         self.progress.show(state.global_step, logs)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         """Answers the fixed prompts."""
         if not self.is_main:
             return
@@ -539,7 +546,8 @@ class RunCallback(TrainerCallback):
             raise KeyboardInterrupt
         self.asked_to_stop = True
         logger.warning(
-            "Stopping at the end of this step, then saving. Once more stops at once, without saving."
+            "Stopping at the end of this step, then saving. Once more stops at once, without "
+            "saving."
         )
 
     def _anyone_asked(self) -> bool:
@@ -556,7 +564,8 @@ class RunCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def _stopping_on_signals(callback: RunCallback) -> Iterator[None]:
-    """Ctrl-C and SIGTERM reach the callback while training; elsewhere than in the main thread they cannot."""
+    """Ctrl-C and SIGTERM reach the callback while training; elsewhere than in the main thread they
+    cannot."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -576,7 +585,7 @@ def _finish(trainer: GapoTrainer, run: Run) -> None:
     stage = run.path / ".adapter-stage"
     shutil.rmtree(stage, ignore_errors=True)
     with telling_disk_errors(run.adapter):
-        trainer.model.save_pretrained(stage, save_embedding_layers=False)
+        trainer.policy.save_pretrained(str(stage), save_embedding_layers=False)
         replace_folder(stage, run.adapter)
     if run.read("status.json")["state"] == "stopped":
         logger.info("Stopped and saved. Go on with: gapo-lite train --resume %s", run.path)
@@ -613,14 +622,16 @@ def _check_reporters(training: TrainingConfig) -> None:
     missing = [name for name in training.report_to if find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"training.report_to names {', '.join(missing)}, which is not installed: pip install {' '.join(missing)}."
+            f"training.report_to names {', '.join(missing)}, which is not installed: pip install "
+            f"{' '.join(missing)}."
         )
 
 
 def _check_processes(training: TrainingConfig, processes: int) -> None:
     if training.batch_size % (training.micro_batch_size * processes):
         raise ConfigError(
-            f"training.batch_size ({training.batch_size}) must be a multiple of micro_batch_size × processes "
+            f"training.batch_size ({training.batch_size}) must be a multiple of micro_batch_size "
+            "× processes "
             f"({training.micro_batch_size} × {processes})."
         )
 

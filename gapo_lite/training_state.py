@@ -1,4 +1,5 @@
-"""What an exact resume needs besides the adapter, as files without pickles: optimizer, schedule and random states.
+"""What an exact resume needs besides the adapter, as files without pickles: optimizer, schedule
+and random states.
 
 Floats in JSON survive to the last bit (Python writes the shortest text that reads back the same).
 """
@@ -17,7 +18,7 @@ import torch
 from gapo_lite.errors import RunError
 
 
-def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     """Writes optimizer.safetensors and optimizer.json."""
     state = optimizer.state_dict()
     tensors = {
@@ -30,7 +31,7 @@ def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: An
     (folder / "optimizer.json").write_text(json.dumps(rest))
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     """Restores what `save_optimizer` wrote.
 
     Raises:
@@ -45,7 +46,8 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: An
         optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
     except ValueError as error:
         raise RunError(
-            f"the optimizer state in {folder} was made for another adapter: {error}. Resume with the run's own "
+            f"the optimizer state in {folder} was made for another adapter: {error}. Resume with "
+            "the run's own "
             "configuration."
         ) from None
     scheduler.load_state_dict(rest["scheduler"])
@@ -54,7 +56,8 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: An
 def save_random_states(path: Path) -> None:
     """Writes the states of Python's, NumPy's and torch's generators."""
     version, keys, gauss = random.getstate()
-    name, numpy_keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    legacy: Any = np.random.get_state(legacy=True)
+    name, numpy_keys, position, has_gauss, cached = legacy
     states = {
         "python": [version, list(keys), gauss],
         "numpy": [name, numpy_keys.tolist(), position, has_gauss, cached],

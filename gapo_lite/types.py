@@ -45,7 +45,8 @@ class Problem:
     """A row that could not be used.
 
     Attributes:
-        line: 1-based row of the file (for .jsonl the line, for .csv the record's first line, else the record).
+        line: 1-based row of the file (for .jsonl the line, for .csv the record's first line, else
+            the record).
         field: the column at fault, "" where it is the row as a whole.
         reason: one sentence for a person.
     """
@@ -84,8 +85,8 @@ class TokenizedPair:
 
     Attributes:
         prompt_ids: the rendered prompt, up to and including the assistant header. Never empty.
-        chosen_ids: the scored tokens of the chosen response: its text and one end-of-turn token (which is cut off
-            where the response had to be truncated). Never empty.
+        chosen_ids: the scored tokens of the chosen response: its text and one end-of-turn token
+            (which is cut off where the response had to be truncated). Never empty.
         rejected_ids: the same of the rejected response.
         margin: target margin, in the units of `logps_avg`.
     """
@@ -107,8 +108,9 @@ class Segments:
 
     Attributes:
         lengths: per pair (prompt, chosen, rejected) in tokens.
-        kv_index: (Tk,) positions in the row of the keys that each of the 2B sequences sees: prompt₀ chosen₀, prompt₀
-            rejected₀, prompt₁ … (a prompt's keys appear twice, its queries once).
+        kv_index: (Tk,) positions in the row of the keys that each of the 2B sequences sees:
+            prompt₀ chosen₀, prompt₀ rejected₀, prompt₁ … (a prompt's keys appear twice, its
+            queries once).
         cu_seq_q, cu_seq_k: (2B + 1,) int32 cumulative lengths of the sequences' queries and keys.
         max_q, max_k: the longest of each, in tokens.
     """
@@ -139,8 +141,8 @@ class PairBatch:
     Attributes:
         predict_index: (N,) rows of the flattened hidden states which predict the N scored tokens.
         target_ids: (N,) the scored tokens.
-        lengths: (2B,) scored tokens a response, chosen 0..B-1 then rejected 0..B-1; `predict_index` and `target_ids`
-            are in that order.
+        lengths: (2B,) scored tokens a response, chosen 0..B-1 then rejected 0..B-1;
+            `predict_index` and `target_ids` are in that order.
         margin: (B,) float32 target margins, in the units of `logps_avg`.
         num_tokens: real tokens in `input_ids`.
     """

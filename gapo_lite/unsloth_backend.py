@@ -1,8 +1,10 @@
-"""Unsloth as the loader of base model and adapter: its fused kernels, on an NVIDIA GPU, in its own environment.
+"""Unsloth as the loader of base model and adapter: its fused kernels, on an NVIDIA GPU, in its own
+environment.
 
-Unsloth patches transformers when it is imported and wants to come first, so nothing imports this module unless a
-configuration says `model.backend: unsloth`, and then only in the training process (see `cli.train`). Its attention does
-not go through transformers' interface, so its runs use the padded layout.
+Unsloth patches transformers when it is imported and wants to come first, so nothing imports this
+module unless a configuration says `model.backend: unsloth`, and then only in the training process
+(see `cli.train`). Its attention does not go through transformers' interface, so its runs use the
+padded layout.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ def load_unsloth_policy(
     dtype: torch.dtype,
     max_length: int,
     rank: int,
-    alpha: float,
+    alpha: int,
     dropout: float,
     target_modules: str | list[str],
     gradient_checkpointing: bool,
     seed: int,
 ) -> PeftModel:
-    """Base model and fresh adapter through Unsloth; the arguments are those of `load_base` and `add_adapter`.
+    """Base model and fresh adapter through Unsloth; the arguments are those of `load_base` and
+    `add_adapter`.
 
     Raises:
         ModelError: Unsloth is not installed, there is no NVIDIA GPU, or the model cannot be loaded.
@@ -40,7 +43,8 @@ def load_unsloth_policy(
     except (ImportError, NotImplementedError) as error:  # the latter where it finds no GPU
         raise ModelError(
             f"model.backend: unsloth cannot be used here ({error}). It needs an NVIDIA GPU and "
-            "`pip install -r requirements-unsloth.txt` in an environment of its own; or use backend: transformers."
+            "`pip install -r requirements-unsloth.txt` in an environment of its own; or use "
+            "backend: transformers."
         ) from None
     try:
         base, _ = FastLanguageModel.from_pretrained(

@@ -42,7 +42,8 @@ os.environ.setdefault("GAPO_LITE_CACHE", str(ROOT / ".pytest_cache" / "gapo-lite
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random two-layer Llama (float32) with the embedded model's tokenizer and chat template."""
+    """Folder of a random two-layer Llama (float32) with the embedded model's tokenizer and chat
+    template."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -72,7 +73,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Settings of a 12-step run of the tiny model on 24 real-looking pairs, with dropout and accumulation."""
+    """Settings of a 12-step run of the tiny model on 24 real-looking pairs, with dropout and
+    accumulation."""
     from gapo_lite.embedded import EMBEDDED_DATA
 
     folder = tmp_path_factory.mktemp("pairs")

@@ -9,11 +9,11 @@ from gapo_lite.errors import DataError, ModelError
 from gapo_lite.model import load_tokenizer
 from gapo_lite.types import PreferencePair, TokenizedPair
 
-LLAMA3_TEMPLATE = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim"
-    " + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+HEADER = "'<|start_header_id|>' + role + '<|end_header_id|>\n\n'"
+LLAMA3_TEMPLATE = (  # of the same effect as the model's own
+    "{{ bos_token }}{% for message in messages %}{% set role = message['role'] %}"
+    "{{ " + HEADER + " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{% set role = 'assistant' %}{{ " + HEADER + " }}{% endif %}"
 )
 
 
@@ -24,7 +24,8 @@ def smol():
 
 @pytest.fixture(scope="module")
 def llama3():
-    """Llama-3's template and special tokens on the embedded model's vocabulary; like Llama-3's, without a pad token."""
+    """Llama-3's template and special tokens on the embedded model's vocabulary; like Llama-3's,
+    without a pad token."""
     tokenizer = load_tokenizer("embedded:smollm2-135m-instruct")
     tokenizer.add_special_tokens(
         {

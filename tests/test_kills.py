@@ -1,7 +1,9 @@
-"""kill -9 at 25 points, 13 of them inside a save: the resumed run equals the uninterrupted one to the last byte.
+"""kill -9 at 25 points, 13 of them inside a save: the resumed run equals the uninterrupted one to
+the last byte.
 
-Each trial is a process of its own, forked from a server that has imported torch already. It is killed either by itself,
-at the n-th file operation under `checkpoints/` (seen by an audit hook), or from outside, after a random time.
+Each trial is a process of its own, forked from a server that has imported torch already. It is
+killed either by itself, at the n-th file operation under `checkpoints/` (seen by an audit hook),
+or from outside, after a random time.
 """
 
 from __future__ import annotations

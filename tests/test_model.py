@@ -40,7 +40,7 @@ SHAPES = ((5, 4, 7), (1, 1, 1), (9, 1, 12), (2, 8, 3))
 
 def policy_of(base, seed=1):
     """A policy whose adapter already does something: B is random instead of 0."""
-    policy = add_adapter(base, rank=4, alpha=8.0)
+    policy = add_adapter(base, rank=4, alpha=8)
     gen = torch.Generator().manual_seed(seed)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
@@ -59,7 +59,9 @@ def loss_and_gradients(policy, batches, num_pairs):
     policy.zero_grad()
     total = 0.0
     for batch in batches:
-        out = OBJECTIVES["gapo"].fn(forward_logps(policy, batch), batch.margin, 10.0, "beta")
+        out = OBJECTIVES["gapo"].fn(
+            forward_logps(policy, batch), batch.margin, beta=10.0, margin_scale="beta"
+        )
         loss = out.losses.sum() / num_pairs
         loss.backward()
         total += loss.item()
@@ -128,7 +130,7 @@ def test_equal_responses_score_equally(tiny):
 
 def test_recomputed_activations_give_the_same_gradients(tiny_model, tiny):
     base = load_base(str(tiny_model), quantization="none", dtype=torch.float32)
-    again = add_adapter(base, rank=4, alpha=8.0, gradient_checkpointing=True)
+    again = add_adapter(base, rank=4, alpha=8, gradient_checkpointing=True)
     again.load_state_dict(tiny.state_dict())
     assert why_not_packed(again) == ""
     assert any(
@@ -171,7 +173,8 @@ def real_pairs_of(rows, tokenizer, count, **limits):
 
 
 def dequantised_twin(policy, base):
-    """The policy with every 4-bit layer replaced by the ordinary one that holds the same numbers."""
+    """The policy with every 4-bit layer replaced by the ordinary one that holds the same
+    numbers."""
     twin = policy_of(base)
     twin.load_state_dict(
         {k: v for k, v in policy.state_dict().items() if "lora_" in k}, strict=False

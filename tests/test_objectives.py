@@ -41,7 +41,7 @@ def test_gapo_equals_simpo_when_every_gap_is_equal():
     ):
         leaf = values.clone().requires_grad_()
         pair = PairLogps(leaf[0] * 5, leaf[1] * 3, torch.full((8,), 5), torch.full((8,), 3))
-        losses = OBJECTIVES[name].fn(pair, margin, 10.0, "beta").losses
+        losses = OBJECTIVES[name].fn(pair, margin, beta=10.0, margin_scale="beta").losses
         (grad,) = torch.autograd.grad(losses.mean(), leaf)
         results.append((losses.detach(), grad))
     naive = -logsigmoid(10.0 * values[0] - 10.0 * values[1] - 10.0 * 0.3)  # SimPO written out
@@ -88,7 +88,7 @@ def test_objectives_divide_by_the_scored_tokens():
     pair = PairLogps(
         torch.tensor([-4.0]), torch.tensor([-12.0]), torch.tensor([2]), torch.tensor([4])
     )
-    out = OBJECTIVES["gapo"].fn(pair, torch.tensor([0.25]), 1.0, "beta")
+    out = OBJECTIVES["gapo"].fn(pair, torch.tensor([0.25]), beta=1.0, margin_scale="beta")
     assert out.losses.item() == pytest.approx(math.log(1 + math.exp(-0.75)))
 
 

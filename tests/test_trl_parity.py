@@ -1,4 +1,5 @@
-"""SimPO here and in TRL: the same token ids give the same losses and adapter gradients, on real pairs, in float32."""
+"""SimPO here and in TRL: the same token ids give the same losses and adapter gradients, on real
+pairs, in float32."""
 
 from __future__ import annotations
 
@@ -109,7 +110,9 @@ def theirs(policy, trl_trainer, real_pairs):
 def test_simpo_equals_trl_in_loss_and_gradients(policy, theirs, real_pairs, layout):
     loss, metrics, expected = theirs
     batch = pack(real_pairs) if layout == "packed" else pad(real_pairs, pad_id=0)
-    output = OBJECTIVES["simpo"].fn(forward_logps(policy, batch), batch.margin, BETA, "beta")
+    output = OBJECTIVES["simpo"].fn(
+        forward_logps(policy, batch), batch.margin, beta=BETA, margin_scale="beta"
+    )
     ours = output.losses.mean()
     ours.backward()
     assert ours.item() == pytest.approx(loss, abs=1e-4)

@@ -1,0 +1,87 @@
+"""What only an NVIDIA GPU can show; skipped, visibly, where there is none."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from gapo_lite import attention
+from gapo_lite.batching import pack, pad
+from gapo_lite.config import parse_config
+from gapo_lite.errors import RunError
+from gapo_lite.model import add_adapter, forward_logps, load_base, why_not_packed
+from gapo_lite.runs import device_lease
+from gapo_lite.training import train
+from gapo_lite.types import TokenizedPair
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU; none here"),
+]
+
+SHAPES = ((170, 300, 41), (1, 1, 1), (64, 5, 200), (3, 128, 127))
+
+
+def random_pairs():
+    draw = np.random.default_rng(0)
+    ids = [[draw.integers(3, 1000, n).astype(np.int32) for n in shape] for shape in SHAPES]
+    return [TokenizedPair(p, w, l, 0.3) for p, w, l in ids]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model):
+    base = load_base(str(tiny_model), quantization="nf4", dtype=torch.bfloat16, device="cuda")
+    model = add_adapter(base, rank=8)
+    gen = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=gen) * 0.05)
+    assert why_not_packed(model) == ""
+    return model
+
+
+def logps_and_gradients(policy, batch):
+    policy.zero_grad()
+    logps = forward_logps(policy, batch.to("cuda"))
+    (logps.chosen_avg - 2 * logps.rejected_avg).sum().backward()
+    grads = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+    return torch.cat((logps.chosen_avg, logps.rejected_avg)).detach(), grads
+
+
+def test_one_varlen_call_equals_two_calls_a_pair(policy, monkeypatch):
+    logps, grads = logps_and_gradients(policy, pack(random_pairs()))
+    monkeypatch.setattr(attention, "_one_call", attention._two_calls_a_pair)
+    expected_logps, expected_grads = logps_and_gradients(policy, pack(random_pairs()))
+    torch.testing.assert_close(logps, expected_logps, rtol=2e-2, atol=2e-2)
+    assert torch.nn.functional.cosine_similarity(grads, expected_grads, dim=0) > 0.999
+
+
+def test_packed_equals_padded_within_bfloat16_rounding(policy):
+    logps, grads = logps_and_gradients(policy, pack(random_pairs()))
+    expected_logps, expected_grads = logps_and_gradients(policy, pad(random_pairs(), pad_id=0))
+    torch.testing.assert_close(logps, expected_logps, rtol=2e-2, atol=2e-2)
+    assert torch.nn.functional.cosine_similarity(grads, expected_grads, dim=0) > 0.999
+
+
+def test_a_run_on_the_gpu_resumes_exactly(tiny_settings, tmp_path):
+    """As if it had been killed after step 10: the checkpoint of step 12 is gone."""
+    settings = {**tiny_settings, "model": {**tiny_settings["model"], "precision": "auto"}}
+    whole, run = (
+        train(parse_config(settings), runs_dir=tmp_path, name=name, show_progress=False)
+        for name in ("whole", "cut")
+    )
+    shutil.rmtree(run.checkpoints / "checkpoint-12")
+    train(parse_config(settings), runs_dir=tmp_path, resume="cut", show_progress=False)
+    ours, theirs = (r.adapter / "adapter_model.safetensors" for r in (whole, run))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert all(row["memory_gib"] > 0 for row in run.metrics() if "loss" in row)
+
+
+def test_a_second_training_on_the_same_gpu_is_refused(tiny_settings, tmp_path):
+    uuid = torch.cuda.get_device_properties(0).uuid
+    with device_lease(f"cuda-{uuid}"), pytest.raises(RunError, match="another training"):
+        train(parse_config(tiny_settings), runs_dir=tmp_path, show_progress=False)
+    assert not list(tmp_path.iterdir())

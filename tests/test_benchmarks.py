@@ -1,0 +1,151 @@
+"""The benchmarks of the training step run, at a tiny size, and count what they say they count."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaForCausalLM
+
+from gapo_lite.batching import pack
+from gapo_lite.model import add_adapter, forward_logps
+from gapo_lite.types import TokenizedPair
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def run_benchmark(script, *arguments):
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def gpu_8b():
+    """The module, imported as the script imports its neighbours."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield importlib.import_module("gpu_8b")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def pair(prompt, chosen, rejected):
+    ids = (np.arange(1, length + 1, dtype=np.int32) for length in (prompt, chosen, rejected))
+    return TokenizedPair(*ids, margin=0.3)
+
+
+def test_the_training_step_is_measured_beside_trl_and_both_compute_the_same_losses(
+    tiny_model, tmp_path
+):
+    file = tmp_path / "result.json"
+    screen = run_benchmark(
+        "training_step.py",
+        *("--model", tiny_model, "--data", "embedded:everyday", "--json", file),
+        *("--rounds", 1, "--steps", 1, "--micro-batch", 2, "--rank", 2),
+        *("--max-length", 48, "--precision", "float32", "--layout", "packed", "padded"),
+    )
+    result = json.loads(file.read_text())
+    contenders = [row["contender"] for row in result["measurements"]]
+    assert contenders == ["trl", "packed", "padded"]
+    assert all(row["pairs_per_second"] > 0 for row in result["measurements"])
+    assert all(row["above_model_gib"] < row["peak_gib"] for row in result["measurements"])
+    trl, packed, padded = (row["tokens_per_pair"] for row in result["measurements"])
+    assert packed < padded == trl
+    for ratio in result["ratios"]:
+        assert ratio["pairs_with_other_tokens"] == 0
+        assert abs(ratio["first_loss_difference"]) < 1e-3
+        assert len(ratio["pairs_per_second"]["rounds"]) == 1
+    assert result["machine"]["torch"] == torch.__version__
+    assert "GaPO-Lite packed / TRL" in screen
+
+
+def test_the_8b_benchmark_measures_both_contenders_on_one_tiny_model(tmp_path):
+    file = tmp_path / "result.json"
+    screen = run_benchmark(
+        *("gpu_8b.py", "--tiny", "--json", file, "--micro-batch", 2),
+        *("--rounds", 1, "--steps", 2, "--warmup", 1),
+    )
+    result = json.loads(file.read_text())
+    cases = [(row["contender"], row["checkpointing"]) for row in result["measurements"]]
+    assert cases == [("gapo-lite", True), ("trl", True), ("gapo-lite", False), ("trl", False)]
+    assert all(len(row["step_seconds"]) == 2 for row in result["measurements"])
+    assert all(row["useful"] <= row["busy"] for row in result["measurements"])
+    assert (
+        len({row["first_loss"] for row in result["measurements"]}) <= 2
+    )  # the adapter starts anew
+    assert all(abs(ratio["first_loss_difference"]) < 0.1 for ratio in result["ratios"])
+    assert "times the pairs/s" in screen
+
+
+def test_a_contender_that_runs_out_of_memory_is_recorded_and_the_others_are_measured(
+    gpu_8b, monkeypatch, tmp_path, capsys
+):
+    def no_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    monkeypatch.setattr(gpu_8b.common.CPOTrainer, "concatenated_forward", no_memory)
+    file = tmp_path / "result.json"
+    gpu_8b.main(
+        [
+            *("--tiny", "--checkpointing", "off", "--micro-batch", "1", "--rounds", "2"),
+            *("--steps", "1", "--warmup", "1", "--json", str(file)),
+        ]
+    )
+    result = json.loads(file.read_text())
+    assert [row.get("out_of_memory") for row in result["measurements"]] == [
+        *(None, "CUDA out of memory. Tried to allocate 9.00 GiB."),
+        *(None, "CUDA out of memory. Tried to allocate 9.00 GiB."),
+    ]
+    assert result["ratios"] == [{"micro_batch": 1, "checkpointing": False}]
+    assert "not both of them ran" in capsys.readouterr().out
+
+
+def test_the_work_of_a_pair_is_counted_from_its_lengths(gpu_8b):
+    batch = [pair(3, 2, 1), pair(1, 1, 1)]
+    # packed: 6 + 3 tokens; 3 + 2 scored; keys 15 + 3 + 1 and 3 + 1 + 1
+    assert gpu_8b.processed(batch, "gapo-lite") == (9, 5, 24)
+    # padded: 4 rows of 5, all of them through the head; 15 keys a row
+    assert gpu_8b.processed(batch, "trl") == (20, 20, 60)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_counted_operations_are_those_that_pytorch_counts(gpu_8b, checkpointing):
+    batch = [pair(5, 8, 6), pair(7, 3, 9)]
+    quantised = gpu_8b.random_base(gpu_8b.TINY, torch.device("cpu"), torch.float32, seed=0)
+    base = LlamaForCausalLM(quantised.config).requires_grad_(False)  # 4-bit products are not seen
+    base.set_attn_implementation(gpu_8b.SHARED_PREFIX)
+    policy = add_adapter(base, rank=gpu_8b.RANK, gradient_checkpointing=checkpointing)
+    policy.enable_input_require_grads()  # else the first layer spares itself a part
+    with FlopCounterMode(display=False) as counter:
+        logps = forward_logps(policy, pack(batch))
+        (logps.chosen_avg - logps.rejected_avg).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "attention" not in str(op))
+    attention = gpu_8b.attention_flops(base.config, batch, "gapo-lite", checkpointing)
+    total = gpu_8b.executed_flops(base.config, batch, "gapo-lite", checkpointing)
+    # recomputation stops before the last product of a block, B of down_proj's adapter
+    spared = 2 * 38 * gpu_8b.RANK * 64 * 2 if checkpointing else 0  # 38 tokens, 64 wide, 2 layers
+    assert products == total - attention - spared
+
+
+def test_the_synthetic_pairs_have_the_lengths_that_are_asked_for(gpu_8b):
+    pairs = gpu_8b.synthetic_pairs(gpu_8b.LLAMA_3_8B, 500, seed=0)
+    prompts = np.array([len(p.prompt_ids) for p in pairs])
+    chosen = np.array([len(p.chosen_ids) for p in pairs])
+    rejected = np.array([len(p.rejected_ids) for p in pairs])
+    assert prompts.mean() == pytest.approx(170, rel=0.1)
+    assert chosen.mean() == pytest.approx(400, rel=0.1)
+    assert np.corrcoef(np.log(chosen), np.log(rejected))[0, 1] == pytest.approx(0.8, abs=0.05)
+    assert (prompts + np.maximum(chosen, rejected)).max() <= 2048

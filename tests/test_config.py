@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gapo_lite.config import RunConfig, load_config, parse_config, setting_keys
+from gapo_lite.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def message_of(settings, overrides=()):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(settings, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_opens_with_its_purpose_and_command(path):
+    load_config(path)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert f"configs/{path.name}" in text or "make demo" in text
+    assert "measured" in text
+
+
+def test_there_are_six_recipes():
+    assert len(CONFIGS) == 6
+
+
+def test_the_paper_s_recipe_has_the_paper_s_settings():
+    config = load_config(CONFIGS[0].parent / "llama3-8b-gapo-rougel.yaml")
+    assert (config.objective.name, config.objective.beta, config.margin.gamma) == ("gapo", 10, 0.3)
+    assert (config.ef.metric, config.margin.mapping, config.margin.normalization) == (
+        "rougeL",
+        "log",
+        "scale",
+    )
+    assert (config.data.max_length, config.data.max_prompt_length) == (2048, 1800)
+    training = config.training
+    assert (training.batch_size, training.epochs, training.schedule) == (128, 1, "cosine")
+    assert training.warmup_ratio == 0.1
+
+
+def test_simpo_differs_from_gapo_in_nothing_but_the_margin():
+    folder = CONFIGS[0].parent
+    gapo, simpo = (
+        load_config(folder / f"llama3-8b-{n}.yaml").model_dump() for n in ("gapo-rougel", "simpo")
+    )
+    assert gapo.pop("objective")["name"] != simpo.pop("objective")["name"]
+    assert gapo == simpo
+
+
+def test_all_problems_are_told_at_once_each_with_its_key_and_the_nearest_right_one():
+    text = message_of(
+        {"margin": {"gama": 1, "gamma": -1}, "modle": {}, "beta": 3, "training": {"epochs": True}},
+        ["objective.name=dpo"],
+    )
+    assert "margin.gama: there is no such setting. Did you mean margin.gamma?" in text
+    assert "modle: there is no such setting. Did you mean model?" in text
+    assert "beta: there is no such setting. Did you mean objective.beta?" in text
+    assert "margin.gamma: input should be greater than or equal to 0, but is -1" in text
+    assert "training.epochs:" in text
+    assert "objective.name: input should be 'gapo' or 'simpo', but is 'dpo'" in text
+    assert text.count("\n") == 6
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("margin.gamma=.nan", "finite number"),
+        ("margin.gamma=.inf", "finite number"),
+        ("margin.ef_floor=0", "greater than 0"),
+        ("training.learning_rate=fast", "valid number"),
+        ("training.batch_size=0", "greater than or equal to 1"),
+        ("training.batch_size=3", "multiple of micro_batch_size"),
+        ("lora.target_modules=[lm_head]", "never lm_head"),
+        ("ef.metric=bleu", "rougeL"),
+        ("gamma", "key=value"),
+        ("=3", "key=value"),
+        ("model.name.x=3", "not a section"),
+        ("training.seed=-1", "greater than or equal to 0"),
+        ("training=3", "training"),
+    ],
+)
+def test_values_out_of_range_are_refused(override, says):
+    assert says in message_of({"model": {"name": "x/y"}}, [override])
+
+
+def test_overrides_are_yaml_and_leave_the_settings_alone():
+    settings = {"margin": {"gamma": 0.1}}
+    config = parse_config(
+        settings, ["margin.gamma=0.5", "training.report_to=[wandb]", "training.learning_rate=1e-6"]
+    )
+    assert (config.margin.gamma, config.training.learning_rate) == (0.5, 1e-6)
+    assert config.training.report_to == ["wandb"]
+    assert settings == {"margin": {"gamma": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "holds no settings"),
+        ("- a", "holds no settings"),
+        ("margin: {gamma: 1", "not readable as YAML"),
+        ("margin:\n  gamma: 1\n  gamma: 2\n", "'gamma' is given twice"),
+        ("margin: !!python/object/apply:os.system ['true']", "not readable as YAML"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_one_message(tmp_path, text, says):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        load_config(path)
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    (tmp_path / "demo.yaml").write_text("model: {}")
+    with pytest.raises(ConfigError, match=r"Did you mean .*demo\.yaml"):
+        load_config(tmp_path / "dmo.yaml")
+
+
+def test_a_resolved_configuration_reads_back_the_same(tmp_path):
+    config = parse_config({}, ["margin.gamma=0.123456789012345", "training.learning_rate=1e-6"])
+    (tmp_path / "again.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_every_setting_has_an_explanation():
+    for name, section in RunConfig.model_fields.items():
+        for key, field in section.annotation.model_fields.items():
+            assert field.description, f"{name}.{key}"
+    assert "training.learning_rate" in setting_keys()
+
+
+def test_a_configuration_cannot_be_changed_after_it_was_checked():
+    with pytest.raises(ValueError, match="frozen"):
+        RunConfig().margin.gamma = 3
