@@ -102,22 +102,27 @@ def _two_calls_a_pair(
     scaling: float | None,
 ) -> torch.Tensor:
     groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    outputs, start = [], 0
-    for prompt, chosen, rejected in segments.lengths:
-        middle, end = start + prompt + chosen, start + prompt + chosen + rejected
-        q, k, v = (x[:, :, start:middle] for x in (query, key, value))
-        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
-        k, v = (
-            torch.cat((x[:, :, start : start + prompt], x[:, :, middle:end]), dim=2)
-            for x in (key, value)
+    # One split for all pairs: its backward is one concatenation, that of slices a row of zeros each.
+    queries = iter(query.split([n for p, w, l in segments.lengths for n in (p + w, l)], dim=2))
+    sizes = [n for lengths in segments.lengths for n in lengths]
+    keys, values = (
+        iter(x.repeat_interleave(groups, dim=1).split(sizes, dim=2)) for x in (key, value)
+    )
+    outputs = []
+    for prompt, _, rejected in segments.lengths:
+        (k_prompt, k_chosen, k_rejected), (v_prompt, v_chosen, v_rejected) = (
+            (next(x), next(x), next(x)) for x in (keys, values)
         )
-        sees = torch.ones(rejected, prompt + rejected, dtype=torch.bool, device=query.device).tril(
-            prompt
+        k, v = torch.cat((k_prompt, k_chosen), dim=2), torch.cat((v_prompt, v_chosen), dim=2)
+        outputs.append(
+            F.scaled_dot_product_attention(next(queries), k, v, is_causal=True, scale=scaling)
         )
-        q = query[:, :, middle:end]
-        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scaling))
-        start = end
+        k, v = torch.cat((k_prompt, k_rejected), dim=2), torch.cat((v_prompt, v_rejected), dim=2)
+        sees = torch.ones(rejected, prompt + rejected, dtype=torch.bool, device=query.device)
+        sees = sees.tril(prompt)
+        outputs.append(
+            F.scaled_dot_product_attention(next(queries), k, v, attn_mask=sees, scale=scaling)
+        )
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 

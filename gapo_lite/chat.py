@@ -7,11 +7,15 @@ for piece in conversation.ask_base(): ...       # the same question, without the
 
 from __future__ import annotations
 
+import io
+import signal
 import sys
-from collections.abc import Callable, Generator
-from contextlib import closing
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from gapo_lite.batching import render_prompt, turn_ending
@@ -210,6 +214,9 @@ class Conversation:
 
 def talk(conversation: Conversation) -> None:
     """Reads lines from stdin and answers on stdout; a pipe gets the answers alone, no prompts."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # bytes that are no text must not end the talk
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         import readline  # noqa: F401 — gives input() its line editing and history
@@ -259,14 +266,31 @@ def _obey(conversation: Conversation, line: str, terminal: bool) -> bool:
 
 
 def _speak(answer: Generator[str, None, None], speaker: str) -> None:
-    """Prints the pieces as they come; Ctrl-C stops this answer only."""
-    if speaker:
-        print(f"{speaker}> ", end="", flush=True)
-    try:
-        with closing(answer) as pieces:
-            for piece in pieces:
-                print(visible(piece), end="", flush=True)
-        print(flush=True)
-    except KeyboardInterrupt:
-        print(flush=True)
+    """Prints the pieces as they come; Ctrl-C stops this answer only, at its next token."""
+    with _ctrl_c_noted() as stop, closing(answer) as pieces:
+        if speaker:
+            print(f"{speaker}> ", end="", flush=True)
+        for piece in pieces:
+            print(visible(piece), end="", flush=True)
+            if stop.is_set():
+                break
+    print(flush=True)
+    if stop.is_set():
         note("(stopped)")
+
+
+@contextmanager
+def _ctrl_c_noted() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, instead of breaking in anywhere; a second Ctrl-C does that."""
+    noted = threading.Event()
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        if noted.is_set():
+            raise KeyboardInterrupt
+        noted.set()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)

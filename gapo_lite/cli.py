@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,18 +21,21 @@ import typer
 from typer.core import TyperGroup
 
 from gapo_lite.errors import ConfigError, DataError, GapoError, RunError
-from gapo_lite.outputs import check_out, whole_file
-from gapo_lite.terminal import is_main_process, log_to_stderr, note, show_error, show_table
+from gapo_lite.outputs import SCORE_FILES, check_out, whole_file
+from gapo_lite.terminal import (
+    is_main_process,
+    log_to_stderr,
+    note,
+    show_comparison,
+    show_error,
+    show_runs,
+    show_scores,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from gapo_lite.chat import Conversation
-    from gapo_lite.compare import Comparison
     from gapo_lite.config import RunConfig
-    from gapo_lite.overview import RunOverview
     from gapo_lite.runs import Run
-    from gapo_lite.types import LoadedPairs
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +49,8 @@ def main() -> None:
         warnings.simplefilter("ignore")
     for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    logging.getLogger().addHandler(
-        logging.NullHandler()
-    )  # else Python prints the warnings that nobody handles
+    # Without any handler Python itself prints what libraries log as warnings.
+    logging.getLogger().addHandler(logging.NullHandler())
     app(prog_name="gapo-lite")
 
 
@@ -204,7 +205,7 @@ def score(
         typer.Option(
             help="jaccard, rouge1, rouge2, rougeL, bertscore_p, bertscore_r, bertscore_f1."
         ),
-    ] = ("rougeL"),
+    ] = "rougeL",
     split: Annotated[str, typer.Option(help="Split of a Hub id or datasets folder.")] = "train",
     use_stemmer: Annotated[
         bool, typer.Option("--use-stemmer", help="Porter stemmer, for jaccard and ROUGE.")
@@ -228,12 +229,7 @@ def score(
     }
     options = {key: value for key, value in given.items() if value is not None}
     check_options(ef, options)
-    if out.suffix not in _SCORE_FILES:
-        raise ConfigError(
-            f"--out {out}: its name must end with {', '.join(_SCORE_FILES)}, which decides the "
-            "format."
-        )
-    check_out(out, file)
+    check_out(out, file, SCORE_FILES)
     loaded = load_pairs(file, split=split)
     if loaded.problems:
         logger.warning("%s", describe_problems(loaded))
@@ -246,60 +242,9 @@ def score(
             progress,
         )
     with whole_file(out) as part:
-        _SCORE_FILES[out.suffix](part, [p.line for p in loaded.pairs], scores)
-    _say_scores(loaded, ef, scores)
+        SCORE_FILES[out.suffix](part, [p.line for p in loaded.pairs], scores)
+    show_scores(loaded, ef, scores)
     typer.echo(f"written to {out}")
-
-
-def _write_jsonl_scores(path: Path, lines: list[int], scores: np.ndarray) -> None:
-    rows = zip(lines, scores.tolist(), strict=True)
-    path.write_text("".join(json.dumps({"line": line, "ef": ef}) + "\n" for line, ef in rows))
-
-
-def _write_csv_scores(path: Path, lines: list[int], scores: np.ndarray) -> None:
-    rows = zip(lines, scores.tolist(), strict=True)
-    path.write_text("line,ef\n" + "".join(f"{line},{ef!r}\n" for line, ef in rows))
-
-
-def _write_npy_scores(path: Path, lines: list[int], scores: np.ndarray) -> None:
-    import numpy as np
-
-    with path.open("wb") as file:
-        np.save(file, scores, allow_pickle=False)
-
-
-_SCORE_FILES: dict[str, Callable[[Path, list[int], np.ndarray], None]] = {
-    ".jsonl": _write_jsonl_scores,
-    ".csv": _write_csv_scores,
-    ".npy": _write_npy_scores,
-}
-
-
-def _say_scores(loaded: LoadedPairs, ef: str, scores: np.ndarray) -> None:
-    import numpy as np
-
-    from gapo_lite.data.report import describe_counts
-    from gapo_lite.ef import EVALUATION_FACTORS, count_unseen
-
-    typer.echo(describe_counts(loaded))
-    quantiles = np.quantile(scores, [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1])
-    names = ("least", "10%", "25%", "median", "75%", "90%", "most")
-    spread = "  ".join(f"{name} {value:.4f}" for name, value in zip(names, quantiles, strict=True))
-    typer.echo(f"{ef}: mean {scores.mean():.4f}  {spread}")
-    typer.echo(
-        f"EF = 0 (nothing in common): {(scores == 0).sum():,}  "
-        f"EF = 1 (the same): {(scores == 1).sum():,}"
-    )
-    if EVALUATION_FACTORS[ef].family != "lexical":
-        return
-    if unseen := count_unseen([p.chosen for p in loaded.pairs], [p.rejected for p in loaded.pairs]):
-        logger.warning(
-            "%d of %d pairs have a text without any letter a to z or digit, which is all that %s "
-            "sees: they score 0 however alike they are. For such languages use a BERTScore.",
-            unseen,
-            len(scores),
-            ef,
-        )
 
 
 # -- evaluate --
@@ -328,55 +273,11 @@ def evaluate(
 
     with scoring_progress("held-out pairs, base and tuned", enabled=True) as progress:
         comparison = compare(opened, batch_size=batch_size, progress=progress)
-    _show_comparison(comparison)
+    show_comparison(comparison)
     if json_out:
         text = json.dumps(asdict(comparison), indent=1, ensure_ascii=False) + "\n"
         with whole_file(json_out) as part:
             part.write_text(text, encoding="utf-8")
-
-
-def _show_comparison(comparison: Comparison) -> None:
-    base, tuned = comparison.base, comparison.tuned
-    rows = [
-        ("held-out accuracy", *_change(base, tuned, "rewards/accuracies", "{:.1%}", "{:+.1%}")),
-        ("reward margin", *_change(base, tuned, "rewards/margins", "{:.4f}", "{:+.4f}")),
-        ("target margin, in reward units", *[f"{comparison.target_reward_margin:.4f}"] * 2, ""),
-        ("target margin", *[f"{comparison.target_margin:.4f}"] * 2, ""),
-        (
-            "logps chosen, average a token",
-            *_change(base, tuned, "logps/chosen", "{:.4f}", "{:+.4f}"),
-        ),
-        (
-            "logps rejected, average a token",
-            *_change(base, tuned, "logps/rejected", "{:.4f}", "{:+.4f}"),
-        ),
-        ("loss", *_change(base, tuned, "loss", "{:.4f}", "{:+.4f}")),
-        ("pairs", str(comparison.num_pairs), str(comparison.num_pairs), ""),
-    ]
-    title = (
-        f"{comparison.run}, step {comparison.step} ({comparison.objective}, γ {comparison.gamma:g})"
-    )
-    show_table(("", "base", "tuned", "change"), rows, title)
-    if comparison.by_ef:
-        show_table(
-            (f"accuracy by {comparison.metric}", "pairs", "base", "tuned", "change"),
-            [
-                (
-                    f"{group.low:.3f} to {group.high:.3f}",
-                    str(group.num_pairs),
-                    f"{group.base_accuracy:.1%}",
-                    f"{group.tuned_accuracy:.1%}",
-                    f"{group.tuned_accuracy - group.base_accuracy:+.1%}",
-                )
-                for group in comparison.by_ef
-            ],
-        )
-
-
-def _change(
-    base: dict[str, float], tuned: dict[str, float], key: str, value: str, change: str
-) -> tuple[str, str, str]:
-    return value.format(base[key]), value.format(tuned[key]), change.format(tuned[key] - base[key])
 
 
 # -- generate and chat --
@@ -521,34 +422,7 @@ def runs(
     elif not rows:
         typer.echo(f"{runs_dir} holds no runs yet: gapo-lite train configs/demo.yaml")
     else:
-        settings = ("objective", "EF", "γ", "target", "β")
-        results = ("step", "accuracy", "reward margin", "started")
-        show_table(("name", "state", *settings, *results), [_run_cells(row) for row in rows])
-        for row in rows:
-            if row.problem:
-                note(f"{row.path} is damaged: {row.problem}")
-
-
-def _run_cells(row: RunOverview) -> list[str]:
-    if row.problem:
-        return [row.name, row.state, *["–"] * 9]
-    return [
-        row.name,
-        row.state,
-        row.objective or "",
-        row.metric or "–",
-        _number(row.gamma, "g"),
-        _number(row.target_reward_margin, ".3g"),
-        _number(row.beta, "g"),
-        f"{row.step}/{row.total}",
-        _number(row.accuracy, ".1%"),
-        _number(row.reward_margin, "+.3f"),
-        row.started or "",
-    ]
-
-
-def _number(value: float | None, style: str) -> str:
-    return "–" if value is None else format(value, style)
+        show_runs(rows)
 
 
 @app.command()

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from gapo_lite.batching import pack, pad
 from gapo_lite.config import RunConfig
-from gapo_lite.errors import RunError
+from gapo_lite.errors import ModelError, RunError
 from gapo_lite.evaluate import Collate, PairScores, score_heldout, summarize
 from gapo_lite.model import (
     load_adapter,
@@ -34,8 +34,8 @@ from gapo_lite.model import (
     why_not_packed,
 )
 from gapo_lite.objectives import OBJECTIVES
+from gapo_lite.preparation import PreparedData, heldout_of
 from gapo_lite.runs import Run
-from gapo_lite.training import PreparedData, heldout_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -153,16 +153,26 @@ def load_policy(
 
 
 def fit_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
-    """`load_adapter`, which a damaged file does not upset.
+    """`load_adapter`, which a damaged file does not upset and no left-over layer escapes.
 
     Raises:
         ModelError: the adapter was made for another base.
         RunError: it is damaged.
     """
     try:
-        return load_adapter(base, adapter)
+        policy = load_adapter(base, adapter)
+        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+            saved = set(file.keys())
     except (SafetensorError, FileNotFoundError) as error:
         raise damaged_adapter(adapter, error) from None
+    places = {name.replace(".default.", ".") for name, _ in policy.named_parameters()}
+    if homeless := sorted(saved - places):  # peft drops them without a word
+        raise ModelError(
+            f"the adapter in {adapter} was made for another base than {base.config.name_or_path}, "
+            f"which has no place for {len(homeless)} of its {len(saved)} weights (such as "
+            f"{homeless[0]}). Load the base model that it was trained on."
+        )
+    return policy
 
 
 def damaged_adapter(adapter: Path, error: Exception) -> RunError:

@@ -90,7 +90,8 @@ def _write_merged(config: RunConfig, adapter: Path, folder: Path) -> None:
     if (
         prequantized
     ):  # a folder that bitsandbytes quantised: there are no other weights to merge into
-        base = base.dequantize()
+        with _quiet_transformers():
+            base = base.dequantize()
     model = fit_adapter(base, adapter).merge_and_unload(safe_merge=True)
     with _quiet_transformers():
         # How a dequantised checkpoint was read cannot be undone, and need not be.
@@ -261,7 +262,8 @@ def _settings(run: Run) -> list[tuple[str, str]]:
 
 
 def _count(margins: dict[str, Any], split: str) -> str:
-    return f"{margins.get(split, {}).get('num_pairs', 'unknown'):,}"
+    number = margins.get(split, {}).get("num_pairs")
+    return "an unknown number of" if number is None else f"{number:,}"
 
 
 def _results(run: Run) -> list[str]:

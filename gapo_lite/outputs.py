@@ -7,25 +7,35 @@ as it was before.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gapo_lite.errors import GapoError, RunError
 
+if TYPE_CHECKING:
+    import numpy as np
 
-def check_out(out: Path, source: str | Path = "") -> None:
+
+def check_out(out: Path, source: str | Path = "", suffixes: Collection[str] = ()) -> None:
     """Refuses a file that could not be written, before any work is done for it.
 
     Args:
         out: the file to be written.
         source: what is read, and must not be overwritten; "" for nothing.
+        suffixes: which endings decide the format; none if it is always the same.
 
     Raises:
-        RunError: `out` is a folder, has none, or is what is read.
+        RunError: `out` is a folder, has none, is what is read, or has another ending.
     """
+    if suffixes and out.suffix not in suffixes:
+        raise RunError(
+            f"--out {out}: its name must end with {', '.join(suffixes)}, which decides the format."
+        )
     if out.is_dir():
         raise RunError(f"{out} is a folder: name a file in it.")
     if not out.parent.is_dir():
@@ -114,7 +124,34 @@ def _disk_trouble(error: Exception) -> str | None:
     """The system's words where the error came from a write, in Python or in a Rust library."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    from_rust = re.search(
-        r"([^:]+) \(os error \d+\)", str(error)
-    )  # tokenizers raises a bare Exception
+    # safetensors and tokenizers are Rust; the latter raises a bare Exception.
+    from_rust = re.search(r"([^:]+) \(os error \d+\)", str(error))
     return from_rust[1].strip() if from_rust and not isinstance(error, GapoError) else None
+
+
+# -- scores --
+
+
+def _write_jsonl_scores(path: Path, lines: list[int], scores: np.ndarray) -> None:
+    rows = zip(lines, scores.tolist(), strict=True)
+    path.write_text("".join(json.dumps({"line": line, "ef": ef}) + "\n" for line, ef in rows))
+
+
+def _write_csv_scores(path: Path, lines: list[int], scores: np.ndarray) -> None:
+    rows = zip(lines, scores.tolist(), strict=True)
+    path.write_text("line,ef\n" + "".join(f"{line},{ef!r}\n" for line, ef in rows))
+
+
+def _write_npy_scores(path: Path, lines: list[int], scores: np.ndarray) -> None:
+    import numpy as np
+
+    with path.open("wb") as file:
+        np.save(file, scores, allow_pickle=False)
+
+
+SCORE_FILES: dict[str, Callable[[Path, list[int], np.ndarray], None]] = {
+    ".jsonl": _write_jsonl_scores,
+    ".csv": _write_csv_scores,
+    ".npy": _write_npy_scores,
+}
+"""Suffix → writer of the scores (N,) of pairs from the lines `lines`."""

@@ -7,9 +7,18 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from gapo_lite.errors import RunError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gapo_lite.compare import Comparison, EfGroup
+    from gapo_lite.overview import RunOverview
+    from gapo_lite.types import LoadedPairs
+
+logger = logging.getLogger(__name__)
 
 _HARMLESS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 _HARMLESS |= {0x7F: "\N{SYMBOL FOR DELETE}"}
@@ -95,3 +104,102 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
     Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False).print(table)
+
+
+def show_scores(loaded: LoadedPairs, ef: str, scores: np.ndarray) -> None:
+    """What `gapo-lite score` found: counts, the spread of the scores (N,), and unseen texts."""
+    import numpy as np
+
+    from gapo_lite.data.report import describe_counts
+    from gapo_lite.ef import EVALUATION_FACTORS, count_unseen
+
+    print(describe_counts(loaded))
+    quantiles = np.quantile(scores, [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1])
+    names = ("least", "10%", "25%", "median", "75%", "90%", "most")
+    spread = "  ".join(f"{name} {value:.4f}" for name, value in zip(names, quantiles, strict=True))
+    print(f"{ef}: mean {scores.mean():.4f}  {spread}")
+    print(
+        f"EF = 0 (nothing in common): {(scores == 0).sum():,}  "
+        f"EF = 1 (the same): {(scores == 1).sum():,}"
+    )
+    if EVALUATION_FACTORS[ef].family != "lexical":
+        return
+    if unseen := count_unseen([p.chosen for p in loaded.pairs], [p.rejected for p in loaded.pairs]):
+        logger.warning(
+            "%d of %d pairs have a text without any letter a to z or digit, which is all that %s "
+            "sees: they score 0 however alike they are. For such languages use a BERTScore.",
+            unseen,
+            len(scores),
+            ef,
+        )
+
+
+_COMPARED = (
+    ("held-out accuracy", "rewards/accuracies", ".1%"),
+    ("reward margin", "rewards/margins", ".4f"),
+    ("logps chosen, average per token", "logps/chosen", ".4f"),
+    ("logps rejected, average per token", "logps/rejected", ".4f"),
+    ("loss", "loss", ".4f"),
+)
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """Base and tuned model side by side, then by how alike the pairs are."""
+    rows = [
+        (label, *_change(comparison.base[key], comparison.tuned[key], style))
+        for label, key, style in _COMPARED
+    ]
+    same = {
+        "target margin, in reward units": f"{comparison.target_reward_margin:.4f}",
+        "target margin": f"{comparison.target_margin:.4f}",
+        "pairs": f"{comparison.num_pairs:,}",
+    }
+    rows += [(label, value, value, "") for label, value in same.items()]
+    title = (
+        f"{comparison.run}, step {comparison.step}: {comparison.objective}, γ {comparison.gamma:g}"
+    )
+    show_table(("", "base", "tuned", "change"), rows, title)
+    if comparison.by_ef:
+        columns = (f"accuracy by {comparison.metric}", "base", "tuned", "change", "pairs")
+        show_table(columns, [_group_cells(group) for group in comparison.by_ef])
+
+
+def _group_cells(group: EfGroup) -> tuple[str, ...]:
+    accuracies = _change(group.base_accuracy, group.tuned_accuracy, ".1%")
+    return (f"{group.low:.3f} to {group.high:.3f}", *accuracies, f"{group.num_pairs:,}")
+
+
+def _change(base: float, tuned: float, style: str) -> tuple[str, str, str]:
+    return format(base, style), format(tuned, style), format(tuned - base, f"+{style}")
+
+
+def show_runs(rows: Sequence[RunOverview]) -> None:
+    """One line a run, and below what is wrong with damaged ones."""
+    settings = ("objective", "EF", "γ", "target", "β")
+    results = ("step", "accuracy", "reward margin", "started")
+    show_table(("name", "state", *settings, *results), [_run_cells(row) for row in rows])
+    for row in rows:
+        if row.problem:
+            note(f"{row.path} is damaged: {row.problem}")
+
+
+def _run_cells(row: RunOverview) -> list[str]:
+    if row.problem:
+        return [row.name, row.state, *["–"] * 9]
+    return [
+        row.name,
+        row.state,
+        row.objective or "",
+        row.metric or "–",
+        _number(row.gamma, "g"),
+        _number(row.target_reward_margin, ".3g"),
+        _number(row.beta, "g"),
+        f"{row.step}/{row.total}",
+        _number(row.accuracy, ".1%"),
+        _number(row.reward_margin, "+.3f"),
+        row.started or "",
+    ]
+
+
+def _number(value: float | None, style: str) -> str:
+    return "–" if value is None else format(value, style)

@@ -11,35 +11,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import platform
 import shutil
-import signal
-import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from gapo_lite.batching import TokenizedPairs, tokenize_pairs
 from gapo_lite.checkpoints import newest_valid_checkpoint, remove_stages, replace_folder
 from gapo_lite.config import RunConfig, TrainingConfig
-from gapo_lite.data import data_fingerprint, load_pairs, split_pairs
-from gapo_lite.data.report import describe_problems
-from gapo_lite.ef.cache import cached_scores
-from gapo_lite.errors import ConfigError, GapoError, RunError
-from gapo_lite.generate import answer
-from gapo_lite.margins import Margins, constant_margins, estimate_margins
+from gapo_lite.errors import ConfigError, GapoError
 from gapo_lite.model import (
     add_adapter,
     load_base,
@@ -48,49 +34,20 @@ from gapo_lite.model import (
     pick_precision,
     why_not_packed,
 )
-from gapo_lite.objectives import OBJECTIVES
-from gapo_lite.progress import TrainingProgress, scoring_progress
+from gapo_lite.preparation import PreparedData, prepare
+from gapo_lite.records import write_beginnings
+from gapo_lite.run_callback import RunCallback, status_record, stopping_on_signals
 from gapo_lite.runs import (
     Run,
     create_run,
     device_lease,
-    now,
     open_run,
     remove_run,
     telling_disk_errors,
 )
 from gapo_lite.trainer import GapoTrainer
-from gapo_lite.types import LoadedPairs, PreferencePair
 
 logger = logging.getLogger(__name__)
-
-_VERSIONS = (
-    "gapo-lite",
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "datasets",
-    "accelerate",
-    "rouge-score",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedData:
-    """Pairs of one split, scored and tokenised.
-
-    Attributes:
-        pairs: the pairs.
-        ef: (N,) evaluation factors, unclamped; NaN for objectives without them.
-        margins: their target margins.
-        tokenized: what is left of them as tokens.
-    """
-
-    pairs: list[PreferencePair]
-    ef: np.ndarray
-    margins: Margins
-    tokenized: TokenizedPairs
 
 
 def train(
@@ -136,7 +93,7 @@ def train(
             stack.enter_context(_removed_if_it_fails_early(run, is_main))
         stack.enter_context(_gpu_lease())
         if is_main:
-            _write_beginnings(run, config, train_data, heldout_data, loaded)
+            write_beginnings(run, config, train_data, heldout_data, loaded)
             stack.enter_context(_log_file(run))
         state.wait_for_everyone()
         _run_training(
@@ -149,108 +106,6 @@ def train(
             show_progress and is_main,
         )
     return run
-
-
-def prepare(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, show_progress: bool = False
-) -> tuple[PreparedData, PreparedData | None, LoadedPairs]:
-    """Loads, splits, scores and tokenises: (training data, held-out data or None, what the source
-    held).
-
-    Raises:
-        GapoError: see `train`.
-    """
-    loaded, train_pairs, heldout_pairs = _load_and_split(config)
-    with scoring_progress(config.ef.metric, show_progress) as progress:
-        train_ef = _score(config, train_pairs, progress)
-        heldout_ef = _score(config, heldout_pairs, progress)
-    train_margins = _margins(config, train_ef, None)
-    train_data = _tokenized(config, tokenizer, train_pairs, train_ef, train_margins)
-    if not heldout_pairs:
-        return train_data, None, loaded
-    heldout_margins = _margins(config, heldout_ef, train_margins.mean_gap)
-    return (
-        train_data,
-        _tokenized(config, tokenizer, heldout_pairs, heldout_ef, heldout_margins),
-        loaded,
-    )
-
-
-def heldout_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
-    """The held-out pairs of a configuration, with the margins that training gave them.
-
-    Raises:
-        ConfigError: it holds none out.
-    """
-    _, heldout, _ = prepare(config, tokenizer)
-    if heldout is None:
-        raise ConfigError(
-            "this configuration holds no pairs out: set data.heldout_fraction or "
-            "data.heldout_source."
-        )
-    return heldout
-
-
-def _load_and_split(
-    config: RunConfig,
-) -> tuple[LoadedPairs, list[PreferencePair], list[PreferencePair]]:
-    data = config.data
-    loaded = load_pairs(data.source, split=data.split)
-    if loaded.problems:
-        logger.warning("%s", describe_problems(loaded))
-    if data.heldout_source:
-        train_pairs = loaded.pairs
-        heldout_pairs = load_pairs(data.heldout_source, split=data.heldout_split).pairs
-        _warn_of_shared_prompts(train_pairs, heldout_pairs)
-    else:
-        train_pairs, heldout_pairs = split_pairs(
-            loaded.pairs, heldout_fraction=data.heldout_fraction, seed=data.split_seed
-        )
-    return loaded, train_pairs[: data.max_pairs], heldout_pairs
-
-
-def _warn_of_shared_prompts(
-    train_pairs: list[PreferencePair], heldout_pairs: list[PreferencePair]
-) -> None:
-    trained = {str(pair.prompt) for pair in train_pairs}
-    shared = sum(str(pair.prompt) in trained for pair in heldout_pairs)
-    if shared:
-        logger.warning(
-            "%d of %d held-out pairs have a prompt that is also trained on: their scores flatter "
-            "the model.",
-            shared,
-            len(heldout_pairs),
-        )
-
-
-def _score(config: RunConfig, pairs: list[PreferencePair], progress: Any) -> np.ndarray:
-    if OBJECTIVES[config.objective.name].takes_margin == "constant" or not pairs:
-        return np.full(len(pairs), np.nan)
-    chosen, rejected = [p.chosen for p in pairs], [p.rejected for p in pairs]
-    return cached_scores(chosen, rejected, config.ef.metric, config.ef.options(), progress)
-
-
-def _margins(config: RunConfig, ef: np.ndarray, mean_gap: float | None) -> Margins:
-    if OBJECTIVES[config.objective.name].takes_margin == "constant":
-        return constant_margins(len(ef), config.margin.gamma)
-    return estimate_margins(ef, **config.margin.model_dump(), mean_gap=mean_gap)
-
-
-def _tokenized(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: list[PreferencePair],
-    ef: np.ndarray,
-    margins: Margins,
-) -> PreparedData:
-    tokenized = tokenize_pairs(
-        pairs,
-        margins.values,
-        tokenizer,
-        max_length=config.data.max_length,
-        max_prompt_length=config.data.max_prompt_length,
-    )
-    return PreparedData(pairs, ef, margins, tokenized)
 
 
 def _run_training(
@@ -267,10 +122,10 @@ def _run_training(
     if resuming:
         checkpoint = newest_valid_checkpoint(run.checkpoints, logger.warning)
         run.forget_after(int(checkpoint.name.partition("-")[2]))
-    run.write("status.json", _status("starting", 0, 0))
+    run.write("status.json", status_record("starting", 0, 0))
     try:
         callback = RunCallback(run, config.training, tokenizer, show_progress)
-        with _stopping_on_signals(callback):
+        with stopping_on_signals(callback):
             trainer = _trainer(config, run, tokenizer, train_data, heldout_data, resuming, callback)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except GapoError as error:
@@ -383,201 +238,6 @@ def training_arguments(
     )
 
 
-def _write_beginnings(
-    run: Run,
-    config: RunConfig,
-    train_data: PreparedData,
-    heldout_data: PreparedData | None,
-    loaded: LoadedPairs,
-) -> None:
-    """config.yaml, environment.json and margins.json; a resumed run must find its own data again.
-
-    Raises:
-        RunError: the data are not those that the run began with.
-    """
-    fingerprint = data_fingerprint(train_data.pairs)
-    known = run.read("environment.json").get("data_fingerprint", fingerprint)
-    if known != fingerprint:
-        raise RunError(
-            f"the training pairs of {config.data.source} have changed since the run {run.name} "
-            "began, so it cannot "
-            "go on exactly. Restore the data, or start a new run."
-        )
-    with telling_disk_errors(run.path):
-        (run.path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    run.write("environment.json", environment(config.training.seed, fingerprint))
-    run.write("margins.json", _margins_record(config, train_data, heldout_data, loaded))
-
-
-def environment(seed: int, fingerprint: str) -> dict[str, Any]:
-    """Versions, hardware, seed and data: what a reader needs to trust or repeat a run."""
-    cuda = torch.cuda.is_available()
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            **{name: installed_version(name) for name in _VERSIONS},
-        },
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "cuda": torch.version.cuda,
-        "cpu_count": os.cpu_count(),
-        "platform": platform.platform(),
-        "seed": seed,
-        "data_fingerprint": fingerprint,
-        "command": sys.argv,
-    }
-
-
-def installed_version(name: str) -> str | None:
-    """Version of an installed package, None where it is not."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _margins_record(
-    config: RunConfig,
-    train_data: PreparedData,
-    heldout_data: PreparedData | None,
-    loaded: LoadedPairs,
-) -> dict[str, Any]:
-    margins = train_data.margins
-    scale = config.objective.beta if config.objective.margin_scale == "beta" else 1.0
-    record = {
-        "objective": config.objective.name,
-        "metric": config.ef.metric,
-        **config.margin.model_dump(),
-        "mean_gap": margins.mean_gap,
-        "num_floored": margins.num_floored,
-        "num_equal": margins.num_equal,
-        "num_negative": margins.num_negative,
-        "mean_margin": float(margins.values.mean()),
-        "mean_margin_in_reward_units": float(margins.values.mean()) * scale,
-        "margin_histogram": _histogram(margins.values),
-        "ef_histogram": _histogram(train_data.ef, (0.0, 1.0)),
-        "data": {
-            "num_problems": len(loaded.problems),
-            "num_duplicates": loaded.num_duplicates,
-            "num_equal_texts": loaded.num_equal,
-        },
-    }
-    for split, data in (("train", train_data), ("heldout", heldout_data)):
-        if data:
-            record[split] = {
-                "num_pairs": len(data.pairs),
-                "num_prompts_truncated": data.tokenized.num_prompts_truncated,
-                "num_responses_truncated": data.tokenized.num_responses_truncated,
-                "num_dropped": data.tokenized.num_dropped,
-            }
-    return record
-
-
-def _histogram(
-    values: np.ndarray, limits: tuple[float, float] | None = None
-) -> dict[str, list[float]]:
-    counts, edges = np.histogram(values[~np.isnan(values)], bins=20, range=limits)
-    return {"counts": counts.tolist(), "edges": edges.tolist()}
-
-
-class RunCallback(TrainerCallback):
-    """What happens at the edges of a step: status, progress, samples, and stopping when asked to.
-
-    Args:
-        run: the run's folder.
-        training: the run's training settings.
-        tokenizer: for the sample prompts.
-        show_progress: a progress bar on stderr.
-    """
-
-    def __init__(
-        self,
-        run: Run,
-        training: TrainingConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        show_progress: bool,
-    ):
-        self.run, self.training, self.tokenizer = run, training, tokenizer
-        self.progress = TrainingProgress(run.name, show_progress)
-        self.is_main = PartialState().is_main_process
-        self.asked_to_stop = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Says that it runs."""
-        self.progress.begin(state.global_step, state.max_steps)
-        self._write_status("running", state)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Heartbeat; the last step is evaluated and saved, and so is the one at which a stop was
-        asked for."""
-        self.progress.advance(state.global_step)
-        self._write_status("running", state)
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = control.should_log = True
-        elif self._anyone_asked():
-            control.should_save = control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Shows the newest numbers."""
-        self.progress.show(state.global_step, logs)
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Answers the fixed prompts."""
-        if not self.is_main:
-            return
-        for prompt in self.training.sample_prompts:
-            messages = [{"role": "user", "content": prompt}]
-            text = answer(
-                model, self.tokenizer, messages, max_tokens=self.training.sample_max_tokens
-            )
-            self.run.append(
-                "samples.jsonl", {"step": state.global_step, "prompt": prompt, "answer": text}
-            )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Says how it ended."""
-        self.progress.end()
-        self._write_status("finished" if state.global_step >= state.max_steps else "stopped", state)
-
-    def ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
-        """Signal handler: the first one stops at the end of the step, a second one at once."""
-        if self.asked_to_stop:
-            raise KeyboardInterrupt
-        self.asked_to_stop = True
-        logger.warning(
-            "Stopping at the end of this step, then saving. Once more stops at once, without "
-            "saving."
-        )
-
-    def _anyone_asked(self) -> bool:
-        if PartialState().num_processes == 1:
-            return self.asked_to_stop
-        flag = torch.tensor(int(self.asked_to_stop), device=PartialState().device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag)
-
-    def _write_status(self, status: str, state: Any) -> None:
-        if self.is_main:
-            self.run.write("status.json", _status(status, state.global_step, state.max_steps))
-
-
-@contextlib.contextmanager
-def _stopping_on_signals(callback: RunCallback) -> Iterator[None]:
-    """Ctrl-C and SIGTERM reach the callback while training; elsewhere than in the main thread they
-    cannot."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, callback.ask_to_stop) for number in signals]
-    try:
-        yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
-
-
 def _finish(trainer: GapoTrainer, run: Run) -> None:
     """Puts the adapter where peft loads it from, and says what comes next."""
     if not trainer.is_world_process_zero():
@@ -591,10 +251,6 @@ def _finish(trainer: GapoTrainer, run: Run) -> None:
         logger.info("Stopped and saved. Go on with: gapo-lite train --resume %s", run.path)
     else:
         logger.info("Finished. Chat with it: gapo-lite chat %s", run.path)
-
-
-def _status(state: str, step: int, total: int) -> dict[str, Any]:
-    return {"state": state, "pid": os.getpid(), "step": step, "total": total, "heartbeat": now()}
 
 
 def _layout(config: RunConfig, policy: PeftModel) -> str:

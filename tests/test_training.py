@@ -19,9 +19,10 @@ from gapo_lite import trainer as trainer_module
 from gapo_lite.checkpoints import list_checkpoints
 from gapo_lite.config import parse_config
 from gapo_lite.errors import ConfigError, DataError, ModelError, RunError
+from gapo_lite.run_callback import RunCallback
 from gapo_lite.runs import Run, list_runs
 from gapo_lite.trainer import GapoTrainer
-from gapo_lite.training import RunCallback, train
+from gapo_lite.training import train
 
 TIMING = {"tokens_per_second", "pairs_per_second", "memory_gib", "elapsed_s"}
 
