@@ -6,7 +6,8 @@ TRL's `CPOTrainer` (`loss_type="simpo"`, `cpo_alpha=0`) and `GapoTrainer` (objec
 the same 4-bit model with the same LoRA adapter, precision, optimizer, margin and real pairs, in the
 same order. Each contender of each round is a process of its own, so that its peak memory is its
 own; they take turns (trl, packed, trl, packed, …), and ratios are taken within a round. What is
-timed is in common.py; warm-up steps are not. The losses of the first step must agree.
+timed is in common.py; warm-up steps are not. The losses of the first step must agree. Where other
+processes compete for the cores, OMP_NUM_THREADS=1 and the CPU time a pair give a steadier ratio.
 
 TRL tokenises for itself. It gets the rendered prompt and the bare response as texts, and adds the
 end of turn: those are GaPO-Lite's token ids, but for a response whose first characters merge with
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -278,7 +280,8 @@ def _measure_in_turns(options: argparse.Namespace, micro_batch: int) -> list[dic
     results = []
     for number in range(1, options.rounds + 1):
         for contender in (common.TRL, *options.layout):
-            results.append({"round": number, **_in_subprocess(contender, options, micro_batch)})
+            load = {"round": number, "load_before": os.getloadavg()[0]}
+            results.append({**load, **_in_subprocess(contender, options, micro_batch)})
             speed, peak = results[-1]["pairs_per_second"], results[-1]["peak_gib"]
             print(
                 f"round {number}, {micro_batch} pairs a step: {_title(contender):16} "

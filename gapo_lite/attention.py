@@ -102,7 +102,7 @@ def _two_calls_a_pair(
     scaling: float | None,
 ) -> torch.Tensor:
     groups = query.shape[1] // key.shape[1]
-    # One split for all pairs: its backward is one concatenation, that of slices a row of zeros each.
+    # One split for all pairs: its backward is one concatenation; a slice's is a row of zeros.
     queries = iter(query.split([n for p, w, l in segments.lengths for n in (p + w, l)], dim=2))
     sizes = [n for lengths in segments.lengths for n in lengths]
     keys, values = (

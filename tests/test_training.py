@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from gapo_lite import trainer as trainer_module
 from gapo_lite.checkpoints import list_checkpoints
@@ -91,6 +93,38 @@ def test_the_mean_margin_over_an_epoch_is_gamma(finished):
     assert record["mean_margin_in_reward_units"] == pytest.approx(3.0, abs=1e-8)
     per_epoch = [row["margin/mean"] for row in finished.metrics() if "loss" in row][:2]
     assert sum(per_epoch) / 2 == pytest.approx(0.3, abs=1e-6)  # 6 steps, each pair once
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
+def test_a_plain_peft_script_gives_the_same_logps(finished, tiny_settings):
+    folder = tiny_settings["model"]["name"]
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=nf4
+    )
+    model = PeftModel.from_pretrained(base, str(finished.adapter)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    lines = Path(tiny_settings["data"]["heldout_source"]).read_text(encoding="utf-8").splitlines()
+    averages = {"chosen": [], "rejected": []}
+    for row in map(json.loads, lines):
+        for side, found in averages.items():
+            turn = [{"role": "user", "content": row["prompt"]}]
+            prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            text = f"{prompt}{row[side]}<|im_end|>"
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            scored = logps[start - 1 :].gather(1, ids[0, start:, None])
+            found.append(scored.mean().item())
+    last = finished.metrics()[-1]
+    for side, found in averages.items():
+        assert sum(found) / len(found) == pytest.approx(last[f"eval/logps/{side}"], abs=1e-4)
 
 
 def test_loss_falls_on_a_memorised_set(tiny_settings, tmp_path):
