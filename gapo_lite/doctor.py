@@ -138,7 +138,7 @@ def _four_bit_layer() -> Check:
     made = layer(given)
     made.sum().backward()
     errors = (
-        _relative_error(made, given.detach() @ weight.T),
+        _relative_error(made.detach(), given.detach() @ weight.T),
         _relative_error(given.grad, weight.sum(0).expand(4, -1)),
     )
     where = f"forward and backward on {device} in {str(dtype).removeprefix('torch.')}"

@@ -100,10 +100,12 @@ def test_a_contender_that_runs_out_of_memory_is_recorded_and_the_others_are_meas
     gpu_8b.main(
         [
             *("--tiny", "--checkpointing", "off", "--micro-batch", "1", "--rounds", "2"),
-            *("--steps", "1", "--warmup", "1", "--json", str(file)),
+            *("--steps", "4", "--warmup", "1", "--seconds-per-case", "0", "--json", str(file)),
         ]
     )
     result = json.loads(file.read_text())
+    ours = [row for row in result["measurements"] if row["contender"] == "gapo-lite"]
+    assert [len(row["step_seconds"]) for row in ours] == [1, 1]  # its time was up
     assert [row.get("out_of_memory") for row in result["measurements"]] == [
         *(None, "CUDA out of memory. Tried to allocate 9.00 GiB."),
         *(None, "CUDA out of memory. Tried to allocate 9.00 GiB."),

@@ -290,19 +290,19 @@ class Terminal:
     """`gapo-lite chat` on a pseudo-terminal."""
 
     def __init__(self, *arguments):
-        self.seen = ""
+        self.seen, self.read_up_to = "", 0
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
             os.execv(sys.executable, [sys.executable, "-m", "gapo_lite", "chat", *arguments])
 
     def wait_for(self, text, seconds=90):
-        """Reads until `text` has come since the last call; returns what came."""
-        start, end = len(self.seen), time.monotonic() + seconds
-        while text not in self.seen[start:]:
+        """Reads until `text` has come after what was waited for before."""
+        end = time.monotonic() + seconds
+        while (found := self.seen.find(text, self.read_up_to)) < 0:
             assert time.monotonic() < end, f"{text!r} did not come: {self.seen!r}"
             if select.select([self.descriptor], [], [], 0.2)[0]:
                 self.seen += os.read(self.descriptor, 65536).decode(errors="replace")
-        return self.seen[start:]
+        self.read_up_to = found + len(text)
 
     def type(self, text):
         os.write(self.descriptor, text.encode())

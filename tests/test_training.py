@@ -122,9 +122,9 @@ def test_a_plain_peft_script_gives_the_same_logps(finished, tiny_settings):
                 logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
             scored = logps[start - 1 :].gather(1, ids[0, start:, None])
             found.append(scored.mean().item())
-    last = finished.metrics()[-1]
+    last = finished.metrics()[-1]  # bitsandbytes' own CPU kernel for inference rounds to bfloat16
     for side, found in averages.items():
-        assert sum(found) / len(found) == pytest.approx(last[f"eval/logps/{side}"], abs=1e-4)
+        assert sum(found) / len(found) == pytest.approx(last[f"eval/logps/{side}"], abs=2e-3)
 
 
 def test_loss_falls_on_a_memorised_set(tiny_settings, tmp_path):
