@@ -29,7 +29,7 @@ import gapo_lite  # noqa: F401  # isort: skip  # before bitsandbytes, which it k
 import torch
 from peft import PeftModel
 from torch.utils.data import SequentialSampler
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
@@ -42,7 +42,7 @@ GIB = 2**30
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 
 
-class _Recorded:
+class _Recorded(Trainer):
     """For either trainer: takes the pairs in their order, and keeps each step's loss unread."""
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -27,17 +27,26 @@ def run_seed(seed: int, overrides: list[str], folder: Path) -> dict[str, Any]:
     config = load_config(CONFIG, [*overrides, f"training.seed={seed}"])
     rows = train(config, runs_dir=folder, name=f"seed-{seed}").metrics()
     first, *_, last = (row for row in rows if "eval/loss" in row)
-    record: dict[str, Any] = {"seed": seed, "seconds": [r["elapsed_s"] for r in rows if "elapsed_s" in r][-1]}
+    record: dict[str, Any] = {
+        "seed": seed,
+        "seconds": [r["elapsed_s"] for r in rows if "elapsed_s" in r][-1],
+    }
     for key in ("rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"):
         record[key] = [round(row[f"eval/{key}"], 4) for row in (first, last)]
-    record["rose"] = all(record[k][0] < record[k][1] for k in ("rewards/accuracies", "rewards/margins"))
+    record["rose"] = all(
+        record[k][0] < record[k][1] for k in ("rewards/accuracies", "rewards/margins")
+    )
     return record
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting"
+    )
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -45,9 +54,13 @@ def main() -> int:
     print(f"{'seed':>4} {'seconds':>8} {'accuracy':>18} {'reward margin':>18} {'logps chosen':>18}")
     for r in records:
         columns = (r["rewards/accuracies"], r["rewards/margins"], r["logps/chosen"])
-        print(f"{r['seed']:>4} {r['seconds']:>8.0f}", *(f"{a:>8.3f} → {b:>7.3f}" for a, b in columns))
+        print(
+            f"{r['seed']:>4} {r['seconds']:>8.0f}", *(f"{a:>8.3f} → {b:>7.3f}" for a, b in columns)
+        )
     if args.json:
-        args.json.write_text(json.dumps({"machine": common.machine(), "runs": records}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"machine": common.machine(), "runs": records}, indent=1) + "\n"
+        )
     return int(not all(r["rose"] and r["seconds"] < LIMIT_SECONDS for r in records))
 
 

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,12 +192,11 @@ def _pairs(
     pairs = [loaded[i] for i in np.resize(order, number)]
     tokenized = tokenize_pairs(
         pairs,
-        np.full(number, options.gamma),
         tokenizer,
         max_length=options.max_length,
         max_prompt_length=options.max_length - 1,
     )
-    return pairs, tokenized.pairs
+    return pairs, [replace(pair, margin=options.gamma) for pair in tokenized.pairs]
 
 
 def _policy(options: argparse.Namespace) -> PeftModel:

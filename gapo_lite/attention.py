@@ -15,6 +15,7 @@ calls a pair do the same.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ from gapo_lite.types import Segments
 
 SHARED_PREFIX = "gapo_shared_prefix"
 """Name of the attention implementation, for `model.set_attn_implementation`."""
+
+
+_VARLEN_TAKES = inspect.signature(varlen_attn).parameters
+"""torch 2.13 has `enable_gqa` and `window_size`; 2.11 may lack the former, 2.10 has `is_causal`."""
 
 
 def shared_prefix_attention(
@@ -79,6 +84,16 @@ def _one_call(
     segments: Segments,
     scaling: float | None,
 ) -> torch.Tensor:
+    options: dict[str, Any] = {"scale": scaling}
+    if "window_size" in _VARLEN_TAKES:
+        options["window_size"] = (-1, 0)  # causal, aligned to the last key
+    else:
+        options["is_causal"] = True
+    if "enable_gqa" in _VARLEN_TAKES:
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    else:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     out: Any = varlen_attn(
         query[0].transpose(0, 1),
         key[0].index_select(1, segments.kv_index).transpose(0, 1),
@@ -87,9 +102,7 @@ def _one_call(
         segments.cu_seq_k,
         segments.max_q,
         segments.max_k,
-        scale=scaling,
-        window_size=(-1, 0),  # causal, aligned to the last key
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     return out.unsqueeze(0)
 

@@ -28,7 +28,7 @@ class TokenizedPairs:
     """What tokenising made of some pairs.
 
     Attributes:
-        pairs: those with at least one scored token on each side, in order.
+        pairs: those with at least one scored token on each side, in order; their margins are 0 yet.
         indices: (len(pairs),) which of the given pairs they are.
         num_prompts_truncated: pairs whose prompt lost tokens on the left.
         num_responses_truncated: pairs of which a response lost tokens on the right.
@@ -44,7 +44,6 @@ class TokenizedPairs:
 
 def tokenize_pairs(
     pairs: Sequence[PreferencePair],
-    margins: np.ndarray,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int = 2048,
@@ -59,7 +58,6 @@ def tokenize_pairs(
 
     Args:
         pairs: N pairs.
-        margins: (N,) their target margins.
         tokenizer: with a chat template.
         max_length: tokens of prompt and response together.
         max_prompt_length: tokens that a prompt keeps in any case.
@@ -92,7 +90,7 @@ def tokenize_pairs(
             continue
         short_prompts += len(cut_prompt) < len(prompt)
         short_responses += longest > room
-        kept.append(TokenizedPair(cut_prompt, w[:room], l[:room], float(margins[index])))
+        kept.append(TokenizedPair(cut_prompt, w[:room], l[:room], margin=0.0))
         indices.append(index)
     if not kept:
         raise DataError(
@@ -160,7 +158,13 @@ def turn_ending(tokenizer: PreTrainedTokenizerBase) -> TurnEnding:
         {"role": "user", "content": "x"},
         {"role": "assistant", "content": spaces + probe + spaces},
     ]
-    tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(probe)[2]
+    try:
+        tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(probe)[2]
+    except TemplateError as error:
+        raise ModelError(
+            f"the chat template of {tokenizer.name_or_path} cannot render a question "
+            f"and its answer: {error}."
+        ) from None
     trims = not tail.startswith(spaces)
     ids = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
     special = {

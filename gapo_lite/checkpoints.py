@@ -97,9 +97,10 @@ def newest_valid_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path:
     )
 
 
-def remove_stages(folder: Path) -> None:
-    """Removes what a killed process had not finished writing."""
-    for path in folder.glob(".stage-*"):
+def forget_after(folder: Path, step: int) -> None:
+    """Removes what cannot be used: unfinished stages, and damaged checkpoints later than `step`."""
+    later = [path for number, path in list_checkpoints(folder) if number > step]
+    for path in [*folder.glob(".stage-*"), *later]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -107,7 +108,7 @@ def replace_folder(new: Path, final: Path) -> None:
     """Puts a finished folder in the place of another; at every moment one of them is there or
     beside it."""
     for path in new.iterdir():
-        _sealed(path)
+        _sync(path)
     old = final.with_name(f".old-{final.name}")
     shutil.rmtree(old, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""The command line: `gapo-lite train|score|evaluate|generate|chat|export|runs|doctor`.
+"""The command line: `gapo-lite train|demo|score|evaluate|generate|chat|export|runs|doctor`.
 
 Each command reads its options, calls one function of the package and prints what came back. What is
 a person's to mend is printed as `error: …` with exit code 2; Ctrl-C exits with 130; everything else
@@ -30,6 +30,7 @@ from gapo_lite.terminal import (
     show_error,
     show_runs,
     show_scores,
+    visible,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_STOPPED = 130
 """Of a training that Ctrl-C or SIGTERM stopped, so that `train && export` does not go on."""
+
+DEMO_PROMPT = "How do I keep a basil plant alive on a windowsill?"
 
 
 def main() -> None:
@@ -133,6 +136,30 @@ def train(
     _say_what_next(run)
     if run.state() != "finished":
         raise typer.Exit(EXIT_STOPPED)
+
+
+@app.command()
+def demo(
+    config: Annotated[Path, typer.Argument(help="A YAML file.")] = Path("configs/demo.yaml"),
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Train the demo, compare it with its base, and let both answer one prompt."""
+    resolved = _resolved_config(config, [], None, runs_dir, None)
+    from gapo_lite import training
+    from gapo_lite.chat import Conversation, load_voice
+    from gapo_lite.compare import compare
+
+    run = training.train(resolved, runs_dir=runs_dir, default_name=config.stem)
+    if run.state() != "finished":
+        _say_what_next(run)
+        raise typer.Exit(EXIT_STOPPED)
+    show_comparison(compare(run))
+    prompt = next(iter(resolved.training.sample_prompts), DEMO_PROMPT)
+    conversation = Conversation(load_voice(str(run.path), runs_dir), max_tokens=128)
+    typer.echo(f"prompt: {prompt}")
+    for name, text in _answers(conversation, prompt).items():
+        typer.echo(f"{name + ':':<7} {visible(text)}")
+    _say_what_next(run)
 
 
 def _resolved_config(

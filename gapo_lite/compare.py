@@ -235,7 +235,7 @@ def _comparison(
         num_pairs=len(base.losses),
         base=summarize(base),
         tuned=summarize(tuned),
-        by_ef=group_by_ef(heldout.ef[heldout.tokenized.indices], _hits(base), _hits(tuned)),
+        by_ef=group_by_ef(heldout.ef, _hits(base), _hits(tuned)),
     )
 
 

@@ -39,7 +39,7 @@ class _Section(BaseModel):
     def _no_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         name = info.field_name or ""
         if isinstance(value, bool) and cls.model_fields[name].annotation is not bool:
-            raise ValueError(f"expects {cls.model_fields[name].annotation}, not true or false")
+            raise ValueError("expects a number or text, not true or false")
         return value
 
 
@@ -79,7 +79,7 @@ class LoraConfig(_Section):
     @field_validator("target_modules")
     @classmethod
     def _not_the_head(cls, value: str | list[str]) -> str | list[str]:
-        if value == [] or "lm_head" in value:
+        if value == [] or any(str(name).endswith("lm_head") for name in value):
             raise ValueError(
                 "needs at least one layer and never lm_head: its adapter would be ignored"
             )
@@ -138,7 +138,7 @@ class EfConfig(_Section):
     )
     bertscore_layer: int | None = Field(
         None,
-        ge=0,
+        ge=1,
         le=200,
         description="Layer of the encoder; none takes the usual one for known encoders.",
     )
@@ -286,6 +286,18 @@ def parse_config(
         lines = [f"  {_describe(problem)}" for problem in error.errors()]
         noun = "setting is" if len(lines) == 1 else f"{len(lines)} settings are"
         raise ConfigError(f"{source}: {noun} not usable.\n" + "\n".join(lines)) from None
+
+
+def settings_difference(own: RunConfig, other: RunConfig) -> list[str]:
+    """One line for each setting that differs: its key and both values."""
+    values = [config.model_dump(mode="json") for config in (own, other)]
+    lines = []
+    for key in setting_keys():
+        section, _, last = key.partition(".")
+        mine, theirs = (value[section][last] for value in values)
+        if mine != theirs:
+            lines.append(f"{key}: the run has {mine!r}, given is {theirs!r}")
+    return lines
 
 
 def setting_keys() -> list[str]:

@@ -27,12 +27,12 @@ Mark = Literal["ok", "warn", "fail"]
 SUPPORTED = {
     "torch": ("2.11", "2.13"),
     "transformers": ("5.17", "5.23"),
-    "peft": ("0.21.2", "0.21.2"),
-    "accelerate": ("1.15.0", "1.15.0"),
-    "datasets": ("5.2.0", "5.2.0"),
-    "bitsandbytes": ("0.50.2", "0.50.2"),
+    "peft": ("0.21", "0.21"),
+    "accelerate": ("1.14", "1.15"),
+    "datasets": ("4.8", "5.2"),
+    "bitsandbytes": ("0.50", "0.50"),
 }
-"""Package → (oldest, newest) version that is tested; a part that is left out may be anything."""
+"""Package → (oldest, newest) version that the code runs on, as in pyproject.toml."""
 
 GIB = 2**30
 FREE_GIB = 5
@@ -84,19 +84,18 @@ def _python() -> Check:
 
 def _package(name: str) -> Check:
     oldest, newest = SUPPORTED[name]
-    tested = oldest if oldest == newest else f"{oldest} to {newest}"
+    wanted = oldest if oldest == newest else f"{oldest} to {newest}"
     try:
         found = version(name)
     except PackageNotFoundError:
-        return Check(
-            "fail",
-            name,
-            f"not installed: pip install {name}=={newest}{'.*' if newest.count('.') == 1 else ''}",
-        )
+        return Check("fail", name, f"not installed: pip install '{name}=={newest}.*'")
     if Version(found) < Version(oldest):
-        return Check("fail", name, f"{found} is too old: {tested} is tested")
-    if Version(found).release[: newest.count(".") + 1] > Version(newest).release:
-        return Check("warn", name, f"{found} is newer than what is tested: {tested}")
+        return Check("fail", name, f"{found} is too old: {wanted} is needed")
+    if Version(found).release[:2] > Version(newest).release:
+        return Check("warn", name, f"{found} is newer than what is tested: {wanted}")
+    if name == "datasets" and Version(found) < Version("5"):
+        text = f"{found} unpickles what a data folder tells it to: load only folders that you trust"
+        return Check("warn", name, text)
     return Check("ok", name, found)
 
 

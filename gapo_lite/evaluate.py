@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from gapo_lite.errors import RunError
 from gapo_lite.model import Policy, forward_logps
 from gapo_lite.types import LossOutput, PairBatch, PairLogps, TokenizedPair
+
+logger = logging.getLogger(__name__)
 
 LossFn = Callable[[PairLogps, torch.Tensor], LossOutput]
 Collate = Callable[[Sequence[TokenizedPair]], PairBatch]
@@ -73,15 +78,27 @@ def score_heldout(
     """
     training = model.training
     model.eval()
-    columns = []
-    for start in range(0, len(pairs), batch_size):
+    columns: list[torch.Tensor] = []
+    start = 0
+    while start < len(pairs):
         batch = collate(pairs[start : start + batch_size]).to(device)
-        logps = forward_logps(model, batch)
+        try:
+            logps = forward_logps(model, batch)
+        except torch.OutOfMemoryError as error:
+            if batch_size == 1:
+                raise RunError(
+                    f"out of memory while scoring one held-out pair of {batch.num_tokens} tokens: "
+                    f"lower data.max_length. ({str(error)[:200]})"
+                ) from None
+            batch_size = math.ceil(batch_size / 2)
+            logger.warning("Out of memory: scoring %d pair(s) at a time from here on.", batch_size)
+            continue
+        start += len(batch)
         columns.append(
             torch.stack(pair_scores(logps, loss_fn(logps, batch.margin), batch.margin)).cpu()
         )
         if progress:
-            progress(min(start + batch_size, len(pairs)), len(pairs))
+            progress(start, len(pairs))
     model.train(training)
     values = torch.cat(columns, dim=1).double().numpy()
     return PairScores(*values)

@@ -75,9 +75,10 @@ class _SelectedLogps(torch.autograd.Function):
         size = TILE_ROWS[rows.device.type]
         for start in range(0, len(rows), size):
             tile = slice(start, start + size)
-            logps[tile], softmax = _tile_logps(rows[tile], weight, target_ids[tile])
+            logps[tile], exps, totals = _tile_logps(rows[tile], weight, target_ids[tile])
             if grad_rows is not None:
-                torch.mm(softmax.to(weight.dtype), weight, out=grad_rows[tile])
+                softmax = exps.div_(totals[:, None]).to(weight.dtype)
+                torch.mm(softmax, weight, out=grad_rows[tile])
         if grad_rows is not None:
             ctx.save_for_backward(torch.sub(weight[target_ids], grad_rows, out=grad_rows))
         return logps
@@ -90,12 +91,13 @@ class _SelectedLogps(torch.autograd.Function):
 
 def _tile_logps(
     rows: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities (n,) and softmax (n, V) of one tile, float32; the logits' memory becomes
-    the softmax's."""
-    logits = torch.mm(rows, weight.T).float()
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities (n,), exponentials (n, V) in the logits' memory, and their sums (n,)."""
+    logits = torch.mm(
+        rows, weight.T
+    ).float()  # bfloat16 logits are rounded before this, as everywhere
     chosen = logits.gather(1, target_ids[:, None])[:, 0]
     maxima = logits.max(dim=1).values
-    softmax = logits.sub_(maxima[:, None]).exp_()
-    totals = softmax.sum(dim=1)
-    return chosen - maxima - totals.log(), softmax.div_(totals[:, None])
+    exps = logits.sub_(maxima[:, None]).exp_()
+    totals = exps.sum(dim=1)
+    return chosen - maxima - totals.log(), exps, totals

@@ -1,7 +1,7 @@
 """The policy: a base model in 4 bits with a LoRA adapter, and its forward pass over pairs.
 
-The only module, with unsloth_backend.py, that knows how models are loaded. The reference model is
-this one with its adapter disabled, never a second copy.
+How models are loaded is known here and in unsloth_backend.py only. The reference model is this one
+with its adapter disabled, never a second copy.
 """
 
 from __future__ import annotations
@@ -301,9 +301,11 @@ def _unpacked(name: str) -> Path:
         _quiet_transformers(),
         contextlib.redirect_stderr(io.StringIO()),
     ):  # a progress bar of its own
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.parent, gguf_file=source.name, trust_remote_code=False
+        )
         model: Any = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, dtype=torch.float32
+            source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
         )
         # It still calls itself a GGUF model, which cannot be saved, although its weights are plain
         # by now.
@@ -328,12 +330,12 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def _existing_quantization(name: str, config: PretrainedConfig) -> bool:
     """Whether the folder is quantised by bitsandbytes already."""
-    method = config.to_dict().get("quantization_config", {}).get("quant_method")
-    if method not in (None, "bitsandbytes"):
+    settings = config.to_dict().get("quantization_config") or {}
+    method = settings.get("quant_method")
+    if method and not (method == "bitsandbytes" and settings.get("load_in_4bit")):
         raise ModelError(
-            f"{name} is quantised by {method}, which cannot be trained here. Choose the "
-            "unquantised model: it is "
-            "quantised to 4 bits while loading."
+            f"{name} is quantised by {method} (not to 4 bits by bitsandbytes), which cannot be "
+            "trained here. Choose the unquantised model: it is quantised to 4 bits while loading."
         )
     return method is not None
 
@@ -358,7 +360,7 @@ def _check_head(name: str, model: PreTrainedModel) -> None:
     scales = [
         k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if settings.get(k)
     ]
-    if not isinstance(head, nn.Linear) or head.bias is not None or scales:
+    if type(head) is not nn.Linear or head.bias is not None or scales:
         why = (
             f"it applies {', '.join(scales)}" if scales else "it is not a linear layer without bias"
         )

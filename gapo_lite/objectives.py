@@ -75,19 +75,17 @@ class ObjectiveSpec:
         uses_reference: whether it compares with the model without its adapter.
         length_normalized: whether its reward is an average per token.
         takes_margin: "ef" for the pair's own margin, "constant" for γ.
-        formula: for the screen and the docs.
     """
 
     fn: Callable[..., LossOutput]
     uses_reference: bool
     length_normalized: bool
     takes_margin: Literal["ef", "constant"]
-    formula: str
 
 
 OBJECTIVES = {
-    "gapo": ObjectiveSpec(_on_average_logps, False, True, "ef", "−log σ(β(a_w − a_l) − margin)"),
-    "simpo": ObjectiveSpec(_on_average_logps, False, True, "constant", "−log σ(β(a_w − a_l − γ))"),
+    "gapo": ObjectiveSpec(_on_average_logps, False, True, "ef"),
+    "simpo": ObjectiveSpec(_on_average_logps, False, True, "constant"),
 }
 """Name → objective. SimPO is GaPO with γ for every pair: they share the function, not only the
 idea."""

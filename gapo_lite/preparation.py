@@ -5,8 +5,7 @@ file → pairs → EF → margins → tokens
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from gapo_lite.batching import TokenizedPairs, tokenize_pairs
 from gapo_lite.config import RunConfig
 from gapo_lite.data import load_pairs, split_pairs
 from gapo_lite.data.report import describe_problems
+from gapo_lite.ef import EVALUATION_FACTORS, count_unseen
 from gapo_lite.ef.cache import cached_scores
 from gapo_lite.errors import ConfigError
 from gapo_lite.margins import Margins, constant_margins, estimate_margins
@@ -23,18 +23,16 @@ from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.progress import scoring_progress
 from gapo_lite.types import LoadedPairs, PreferencePair
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True)
 class PreparedData:
-    """Pairs of one split, scored and tokenised.
+    """The pairs of one split that have a token to score, N of them, in order.
 
     Attributes:
-        pairs: the pairs.
+        pairs: N pairs.
         ef: (N,) evaluation factors, unclamped; NaN for objectives without them.
-        margins: their target margins.
-        tokenized: what is left of them as tokens.
+        margins: (N,) target margins and what is known of them.
+        tokenized: the pairs as tokens, and what was cut or dropped.
     """
 
     pairs: list[PreferencePair]
@@ -43,29 +41,43 @@ class PreparedData:
     tokenized: TokenizedPairs
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a configuration's data came to.
+
+    Attributes:
+        train: what is learned from.
+        heldout: what is evaluated on, None where nothing is held out.
+        loaded: what the source held.
+        notes: what a person should know of the data, a sentence each.
+    """
+
+    train: PreparedData
+    heldout: PreparedData | None
+    loaded: LoadedPairs
+    notes: list[str]
+
+
 def prepare(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, show_progress: bool = False
-) -> tuple[PreparedData, PreparedData | None, LoadedPairs]:
-    """Loads, splits, scores and tokenises: (training data, held-out data or None, what the source
-    held).
+) -> Prepared:
+    """Loads, splits, scores and tokenises.
 
     Raises:
-        GapoError: see `train`.
+        GapoError: data or settings cannot be used.
     """
-    loaded, train_pairs, heldout_pairs = _load_and_split(config)
+    notes: list[str] = []
+    loaded, train_pairs, heldout_pairs = _load_and_split(config, notes)
     with scoring_progress(config.ef.metric, show_progress) as progress:
-        train_ef = _score(config, train_pairs, progress)
-        heldout_ef = _score(config, heldout_pairs, progress)
-    train_margins = _margins(config, train_ef, None)
-    train_data = _tokenized(config, tokenizer, train_pairs, train_ef, train_margins)
-    if not heldout_pairs:
-        return train_data, None, loaded
-    heldout_margins = _margins(config, heldout_ef, train_margins.mean_gap)
-    return (
-        train_data,
-        _tokenized(config, tokenizer, heldout_pairs, heldout_ef, heldout_margins),
-        loaded,
-    )
+        train_ef = _score(config, train_pairs, progress, notes)
+        heldout_ef = _score(config, heldout_pairs, progress, notes)
+    train = _split_data(config, tokenizer, train_pairs, train_ef, None)
+    heldout = None
+    if heldout_pairs:
+        mean_gap = train.margins.mean_gap
+        heldout = _split_data(config, tokenizer, heldout_pairs, heldout_ef, mean_gap)
+    notes += [_about_margins(config, train), *_about_lengths(train, heldout)]
+    return Prepared(train, heldout, loaded, notes)
 
 
 def heldout_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
@@ -74,7 +86,7 @@ def heldout_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepare
     Raises:
         ConfigError: it holds none out.
     """
-    _, heldout, _ = prepare(config, tokenizer)
+    heldout = prepare(config, tokenizer).heldout
     if heldout is None:
         raise ConfigError(
             "this configuration holds no pairs out: set data.heldout_fraction or "
@@ -84,42 +96,73 @@ def heldout_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepare
 
 
 def _load_and_split(
-    config: RunConfig,
+    config: RunConfig, notes: list[str]
 ) -> tuple[LoadedPairs, list[PreferencePair], list[PreferencePair]]:
     data = config.data
-    loaded = load_pairs(data.source, split=data.split)
-    if loaded.problems:
-        logger.warning("%s", describe_problems(loaded))
+    loaded = _load(data.source, data.split, notes)
     if data.heldout_source:
-        train_pairs = loaded.pairs
-        heldout_pairs = load_pairs(data.heldout_source, split=data.heldout_split).pairs
-        _warn_of_shared_prompts(train_pairs, heldout_pairs)
-    else:
-        train_pairs, heldout_pairs = split_pairs(
-            loaded.pairs, heldout_fraction=data.heldout_fraction, seed=data.split_seed
-        )
+        train_pairs = loaded.pairs[: data.max_pairs]
+        heldout_pairs = _load(data.heldout_source, data.heldout_split, notes).pairs
+        trained = {str(pair.prompt) for pair in train_pairs}
+        shared = sum(str(pair.prompt) in trained for pair in heldout_pairs)
+        if shared:
+            notes.append(
+                f"{shared} of {len(heldout_pairs)} held-out pairs have a prompt that is also "
+                "trained on: their scores flatter the model."
+            )
+        return loaded, train_pairs, heldout_pairs
+    train_pairs, heldout_pairs = split_pairs(
+        loaded.pairs, heldout_fraction=data.heldout_fraction, seed=data.split_seed
+    )
     return loaded, train_pairs[: data.max_pairs], heldout_pairs
 
 
-def _warn_of_shared_prompts(
-    train_pairs: list[PreferencePair], heldout_pairs: list[PreferencePair]
-) -> None:
-    trained = {str(pair.prompt) for pair in train_pairs}
-    shared = sum(str(pair.prompt) in trained for pair in heldout_pairs)
-    if shared:
-        logger.warning(
-            "%d of %d held-out pairs have a prompt that is also trained on: their scores flatter "
-            "the model.",
-            shared,
-            len(heldout_pairs),
-        )
+def _load(source: str, split: str, notes: list[str]) -> LoadedPairs:
+    loaded = load_pairs(source, split=split)
+    if loaded.problems:
+        notes.append(describe_problems(loaded))
+    return loaded
 
 
-def _score(config: RunConfig, pairs: list[PreferencePair], progress: Any) -> np.ndarray:
+def _score(
+    config: RunConfig, pairs: list[PreferencePair], progress: Any, notes: list[str]
+) -> np.ndarray:
     if OBJECTIVES[config.objective.name].takes_margin == "constant" or not pairs:
         return np.full(len(pairs), np.nan)
     chosen, rejected = [p.chosen for p in pairs], [p.rejected for p in pairs]
+    if EVALUATION_FACTORS[config.ef.metric].family == "lexical":
+        unseen = count_unseen(chosen, rejected)
+        if unseen:
+            notes.append(
+                f"{config.ef.metric} sees no word at all in a text of {unseen} of {len(pairs)} "
+                "pairs (ROUGE's tokenizer knows a–z and 0–9 only), so their margin says nothing. "
+                "For other scripts use ef.metric: bertscore_f1 with a multilingual encoder."
+            )
     return cached_scores(chosen, rejected, config.ef.metric, config.ef.options(), progress)
+
+
+def _split_data(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[PreferencePair],
+    ef: np.ndarray,
+    mean_gap: float | None,
+) -> PreparedData:
+    """Tokens first, so that pairs without room for a scored token don't count in the mean gap."""
+    tokenized = tokenize_pairs(
+        pairs,
+        tokenizer,
+        max_length=config.data.max_length,
+        max_prompt_length=config.data.max_prompt_length,
+    )
+    ef = ef[tokenized.indices]
+    margins = _margins(config, ef, mean_gap)
+    with_margins = [
+        replace(pair, margin=float(margin))
+        for pair, margin in zip(tokenized.pairs, margins.values, strict=True)
+    ]
+    kept = [pairs[index] for index in tokenized.indices]
+    return PreparedData(kept, ef, margins, replace(tokenized, pairs=with_margins))
 
 
 def _margins(config: RunConfig, ef: np.ndarray, mean_gap: float | None) -> Margins:
@@ -128,18 +171,37 @@ def _margins(config: RunConfig, ef: np.ndarray, mean_gap: float | None) -> Margi
     return estimate_margins(ef, **config.margin.model_dump(), mean_gap=mean_gap)
 
 
-def _tokenized(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: list[PreferencePair],
-    ef: np.ndarray,
-    margins: Margins,
-) -> PreparedData:
-    tokenized = tokenize_pairs(
-        pairs,
-        margins.values,
-        tokenizer,
-        max_length=config.data.max_length,
-        max_prompt_length=config.data.max_prompt_length,
+def reward_scale(config: RunConfig) -> float:
+    """What a margin is multiplied by to be in reward units (METHOD.md, section 3)."""
+    return config.objective.beta if config.objective.margin_scale == "beta" else 1.0
+
+
+def _about_margins(config: RunConfig, train: PreparedData) -> str:
+    margins, mean = train.margins, float(train.margins.values.mean())
+    text = (
+        f"{len(train.pairs)} training pairs. γ = {config.margin.gamma:g}, β = "
+        f"{config.objective.beta:g}: average target margin {mean:.4g}, in reward units "
+        f"{mean * reward_scale(config):.4g}"
     )
-    return PreparedData(pairs, ef, margins, tokenized)
+    if OBJECTIVES[config.objective.name].takes_margin == "constant":
+        return f"{text}, the same for all pairs."
+    return (
+        f"{text} ({config.ef.metric}, {config.margin.mapping}, {config.margin.normalization}); "
+        f"{margins.num_floored} pairs raised to the EF floor {config.margin.ef_floor:g}, "
+        f"{margins.num_equal} with EF = 1, {margins.num_negative} with a negative margin."
+    )
+
+
+def _about_lengths(train: PreparedData, heldout: PreparedData | None) -> list[str]:
+    notes = []
+    for name, data in (("training", train), ("held-out", heldout)):
+        if data is None:
+            continue
+        tokens = data.tokenized
+        counts = (tokens.num_prompts_truncated, tokens.num_responses_truncated, tokens.num_dropped)
+        if any(counts):
+            notes.append(
+                f"Of the {name} pairs, {counts[0]} had their prompt shortened, {counts[1]} a "
+                f"response cut, and {counts[2]} were dropped for want of room."
+            )
+    return notes

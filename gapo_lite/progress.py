@@ -65,7 +65,10 @@ class TrainingProgress:
         if self._bar is not None and self._task is not None and not prefix:
             self._bar.update(self._task, numbers=text)
 
-    def end(self) -> None:
+    def __enter__(self) -> TrainingProgress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         """Leaves the last state on the screen."""
         if self._bar is not None:
             self._bar.stop()

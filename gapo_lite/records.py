@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import sys
@@ -14,9 +15,10 @@ import torch
 from gapo_lite.config import RunConfig
 from gapo_lite.data import data_fingerprint
 from gapo_lite.errors import RunError
-from gapo_lite.preparation import PreparedData
-from gapo_lite.runs import Run, telling_disk_errors
-from gapo_lite.types import LoadedPairs
+from gapo_lite.preparation import Prepared, reward_scale
+from gapo_lite.runs import Run
+
+logger = logging.getLogger(__name__)
 
 _VERSIONS = (
     *("gapo-lite", "torch", "transformers", "peft", "bitsandbytes"),
@@ -24,30 +26,27 @@ _VERSIONS = (
 )
 
 
-def write_beginnings(
-    run: Run,
-    config: RunConfig,
-    train_data: PreparedData,
-    heldout_data: PreparedData | None,
-    loaded: LoadedPairs,
-) -> None:
-    """config.yaml, environment.json and margins.json; a resumed run must find its own data again.
+def write_beginnings(run: Run, config: RunConfig, prepared: Prepared) -> None:
+    """config.yaml, environment.json and margins.json of a new run; a resumed run must find its own
+    data again. In both cases says what is to be known of the data.
 
     Raises:
         RunError: the data are not those that the run began with.
     """
-    fingerprint = data_fingerprint(train_data.pairs)
-    known = run.read("environment.json").get("data_fingerprint", fingerprint)
-    if known != fingerprint:
+    for note in prepared.notes:
+        logger.info("%s", note)
+    heldout = prepared.heldout.pairs if prepared.heldout else []
+    fingerprint = data_fingerprint([*prepared.train.pairs, *heldout])
+    known = run.read("environment.json").get("data_fingerprint")
+    if known is None:
+        run.write_text("config.yaml", config.to_yaml())
+        run.write("environment.json", environment(config.training.seed, fingerprint))
+        run.write("margins.json", _margins_record(config, prepared))
+    elif known != fingerprint:
         raise RunError(
-            f"the training pairs of {config.data.source} have changed since the run {run.name} "
-            "began, so it cannot "
-            "go on exactly. Restore the data, or start a new run."
+            f"the pairs of {config.data.source} have changed since the run {run.name} began, so it "
+            "cannot go on exactly. Restore the data, or start a new run."
         )
-    with telling_disk_errors(run.path):
-        (run.path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    run.write("environment.json", environment(config.training.seed, fingerprint))
-    run.write("margins.json", _margins_record(config, train_data, heldout_data, loaded))
 
 
 def environment(seed: int, fingerprint: str) -> dict[str, Any]:
@@ -76,15 +75,10 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def _margins_record(
-    config: RunConfig,
-    train_data: PreparedData,
-    heldout_data: PreparedData | None,
-    loaded: LoadedPairs,
-) -> dict[str, Any]:
-    margins = train_data.margins
-    scale = config.objective.beta if config.objective.margin_scale == "beta" else 1.0
-    record = {
+def _margins_record(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    margins, loaded = prepared.train.margins, prepared.loaded
+    mean = float(margins.values.mean())
+    record: dict[str, Any] = {
         "objective": config.objective.name,
         "metric": config.ef.metric,
         **config.margin.model_dump(),
@@ -92,17 +86,17 @@ def _margins_record(
         "num_floored": margins.num_floored,
         "num_equal": margins.num_equal,
         "num_negative": margins.num_negative,
-        "mean_margin": float(margins.values.mean()),
-        "mean_margin_in_reward_units": float(margins.values.mean()) * scale,
+        "mean_margin": mean,
+        "mean_margin_in_reward_units": mean * reward_scale(config),
         "margin_histogram": _histogram(margins.values),
-        "ef_histogram": _histogram(train_data.ef, (0.0, 1.0)),
+        "ef_histogram": _histogram(prepared.train.ef, (0.0, 1.0)),
         "data": {
             "num_problems": len(loaded.problems),
             "num_duplicates": loaded.num_duplicates,
             "num_equal_texts": loaded.num_equal,
         },
     }
-    for split, data in (("train", train_data), ("heldout", heldout_data)):
+    for split, data in (("train", prepared.train), ("heldout", prepared.heldout)):
         if data:
             record[split] = {
                 "num_pairs": len(data.pairs),

@@ -59,6 +59,7 @@ class RunCallback(TrainerCallback):
             control.should_evaluate = control.should_save = control.should_log = True
         elif self._anyone_asked():
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # who stops a process seldom waits for long
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Shows the newest numbers."""
@@ -78,11 +79,6 @@ class RunCallback(TrainerCallback):
             self.run.append(
                 "samples.jsonl", {"step": state.global_step, "prompt": prompt, "answer": text}
             )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Says how it ended."""
-        self.progress.end()
-        self._write_status("finished" if state.global_step >= state.max_steps else "stopped", state)
 
     def ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
         """Signal handler: the first one stops at the end of the step, a second one at once."""

@@ -32,11 +32,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from gapo_lite.checkpoints import list_checkpoints, verify_checkpoint
 from gapo_lite.config import RunConfig, load_config
 from gapo_lite.errors import RunError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+}
 ACTIVE_STATES = ("starting", "running")
 
 
@@ -89,7 +95,7 @@ class Run:
     def is_locked(self) -> bool:
         """Whether a process is training in this folder now."""
         try:
-            with _locked(self.path / ".lock", create=False):
+            with _locked(self.path / ".lock", probe=True):
                 return False
         except BlockingIOError:
             return True
@@ -118,7 +124,11 @@ class Run:
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Replaces a JSON file of the folder in one step."""
-        _replace_text(self.path / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        self.write_text(name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replaces a file of the folder in one step."""
+        _replace_text(self.path / name, text)
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Adds a line to a .jsonl file in one system call, so that a reader sees all of it or none.
@@ -145,6 +155,12 @@ class Run:
                     path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 )
 
+    def flush_logs(self) -> None:
+        """Brings what was appended to the disk: a checkpoint must never be ahead of it."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            with contextlib.suppress(FileNotFoundError), (self.path / name).open("rb") as file:
+                os.fsync(file.fileno())
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the folder for this process.
@@ -154,7 +170,7 @@ class Run:
         """
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(_locked(self.path / ".lock"))
+                stack.enter_context(_locked(self.path / ".lock", patience=1.0))
             except BlockingIOError:
                 pid = self.read("status.json").get("pid")
                 raise RunError(
@@ -233,7 +249,7 @@ def device_lease(device_id: str) -> Iterator[None]:
     )
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(_locked(path, mode=0o666))
+            stack.enter_context(_locked(path, patience=1.0))
         except BlockingIOError:
             raise RunError(
                 f"another training already uses this GPU ({device_id}; lock {path}). Two would "
@@ -245,21 +261,27 @@ def device_lease(device_id: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def telling_disk_errors(place: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into a message.
+    """Turns a full, failing or read-only disk into a message.
 
     Raises:
-        RunError: the disk is full, read-only or not this user's.
+        RunError: the disk is full, fails, is read-only or not this user's.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in _DISK_ERRORS:
             raise
-        raise RunError(
-            f"cannot write {place}: {os.strerror(error.errno)}. What was saved before is "
-            "untouched: make room (or "
-            "write elsewhere with --runs-dir), then go on with --resume."
-        ) from None
+        reason = os.strerror(error.errno)
+    except SafetensorError as error:  # it hides the system's error in its text
+        if "os error" not in str(error):
+            raise
+        reason = str(error)
+    else:
+        return
+    raise RunError(
+        f"cannot write {place}: {reason}. What was saved before is untouched: make room (or write "
+        "elsewhere with --runs-dir), then go on with --resume."
+    )
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -268,7 +290,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+    rows = []
+    for line in data[: data.rfind(b"\n") + 1].splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the disk lost power while this was written
+            break
+    return rows
 
 
 def now() -> float:
@@ -294,7 +322,7 @@ def _made(runs_dir: Path, name: str) -> Run:
 
 
 def _replace_text(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with telling_disk_errors(path):
         with part.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -304,12 +332,41 @@ def _replace_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, *, create: bool = True, mode: int = 0o644) -> Iterator[None]:
-    """An exclusive flock, or BlockingIOError at once."""
-    flags = os.O_RDWR | (os.O_CREAT if create else 0)
-    descriptor = os.open(path, flags, mode)
+def _locked(path: Path, *, probe: bool = False, patience: float = 0.0) -> Iterator[None]:
+    """A lock on a file, or BlockingIOError.
+
+    Args:
+        path: made where it is missing, unless this is a probe; another user's will do.
+        probe: a shared lock, which does not disturb other probes.
+        patience: seconds to wait, for a probe to pass.
+    """
+    descriptor = _open_lock(path, create=not probe)
+    kind = fcntl.LOCK_SH if probe else fcntl.LOCK_EX
+    deadline = time.monotonic() + patience
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while True:
+            try:
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
         yield
     finally:
         os.close(descriptor)
+
+
+def _open_lock(path: Path, *, create: bool) -> int:
+    """A descriptor to lock. Reading is enough for that, so another user's file serves too."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        if not create:
+            raise
+    with telling_disk_errors(path):
+        descriptor = os.open(path, flags | os.O_CREAT, 0o666)
+        with contextlib.suppress(PermissionError):
+            os.fchmod(descriptor, 0o666)
+        return descriptor

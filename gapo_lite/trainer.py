@@ -119,9 +119,13 @@ class GapoTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.model_accepts_loss_kwargs = (
-            True  # this loss divides by the pairs of the whole step by itself
-        )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """On resume the stock epoch steps before it looks whether the last step is done."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     # -- one step --
 
@@ -303,6 +307,7 @@ class GapoTrainer(Trainer):
                 self._save_shared_state(stage, total)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
+                self.run.flush_logs()
                 commit_checkpoint(self.run.checkpoints, step, self.keep_checkpoints)
         self.accelerator.wait_for_everyone()
         self._window_start += time.perf_counter() - began
@@ -313,7 +318,12 @@ class GapoTrainer(Trainer):
         )  # "auto" would ask the Hub
         save_optimizer(stage, self.optimizer, self.lr_scheduler)
         self.state.save_to_json(str(stage / "trainer_state.json"))
-        own = {"window": window, "splits": self.splits, "elapsed_s": self.elapsed_seconds()}
+        own = {
+            "window": window,
+            "splits": self.splits,
+            "elapsed_s": self.elapsed_seconds(),
+            "processes": self.args.world_size,
+        }
         (stage / "gapo.json").write_text(json.dumps(own))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -325,6 +335,11 @@ class GapoTrainer(Trainer):
                 f"the adapter in {folder} was made for another model: {result.unexpected_keys[:3]}."
             )
         own = json.loads((folder / "gapo.json").read_text())
+        if own["processes"] != self.args.world_size:
+            raise RunError(
+                f"{folder} was written by {own['processes']} process(es), and this training has "
+                f"{self.args.world_size}: the data would come in another order. Resume with as many."
+            )
         if self.is_world_process_zero():  # the saved window is the sum over processes
             self._window_sums += torch.tensor(
                 own["window"], dtype=torch.float64, device=self.args.device

@@ -23,8 +23,13 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from gapo_lite.checkpoints import newest_valid_checkpoint, remove_stages, replace_folder
-from gapo_lite.config import RunConfig, TrainingConfig
+from gapo_lite.checkpoints import (
+    forget_after,
+    list_checkpoints,
+    newest_valid_checkpoint,
+    replace_folder,
+)
+from gapo_lite.config import RunConfig, TrainingConfig, settings_difference
 from gapo_lite.errors import ConfigError, GapoError
 from gapo_lite.model import (
     add_adapter,
@@ -34,7 +39,7 @@ from gapo_lite.model import (
     pick_precision,
     why_not_packed,
 )
-from gapo_lite.preparation import PreparedData, prepare
+from gapo_lite.preparation import Prepared, prepare
 from gapo_lite.records import write_beginnings
 from gapo_lite.run_callback import RunCallback, status_record, stopping_on_signals
 from gapo_lite.runs import (
@@ -77,93 +82,94 @@ def train(
     _check_reporters(config.training)
     state = PartialState()
     _check_processes(config.training, state.num_processes)
-    tokenizer = load_tokenizer(config.model.name, config.model.revision)
-    train_data, heldout_data, loaded = prepare(config, tokenizer, show_progress=show_progress)
-
-    is_main = state.is_main_process
-    run = open_run(resume, Path(runs_dir)) if resume else None
-    if run is None:
-        made = [create_run(Path(runs_dir), name, default_name)] if is_main else [None]
-        run = broadcast_object_list(made)[0] if state.num_processes > 1 else made[0]
-    assert run is not None
+    run = _resumed_run(config, resume, Path(runs_dir)) if resume else None
     with contextlib.ExitStack() as stack:
-        if is_main:
-            stack.enter_context(run.lock())
-        if not resume:
-            stack.enter_context(_removed_if_it_fails_early(run, is_main))
         stack.enter_context(_gpu_lease())
-        if is_main:
-            write_beginnings(run, config, train_data, heldout_data, loaded)
+        tokenizer = load_tokenizer(config.model.name, config.model.revision)
+        prepared = prepare(config, tokenizer, show_progress=show_progress)
+        if run is None:
+            run = _new_run(Path(runs_dir), name, default_name)
+            stack.enter_context(_removed_if_nothing_is_saved(run))
+        checkpoint = None
+        if state.is_main_process:
+            stack.enter_context(run.lock())
             stack.enter_context(_log_file(run))
-        state.wait_for_everyone()
-        _run_training(
-            config,
-            run,
-            tokenizer,
-            train_data,
-            heldout_data,
-            resume is not None,
-            show_progress and is_main,
+            write_beginnings(run, config, prepared)
+            checkpoint = _rewound(run) if resume else None
+            run.write("status.json", status_record("starting", 0, 0))
+        checkpoint = _same_everywhere(checkpoint)
+        callback = RunCallback(
+            run, config.training, tokenizer, show_progress and state.is_main_process
+        )
+        with _failures_recorded(run), callback.progress, stopping_on_signals(callback):
+            trainer = _trainer(
+                config, run, prepared, tokenizer, callback, resuming=bool(checkpoint)
+            )
+            trainer.train(resume_from_checkpoint=checkpoint)
+            _finish(trainer, run)
+    return run
+
+
+def _resumed_run(config: RunConfig, resume: str | Path, runs_dir: Path) -> Run:
+    run = open_run(resume, runs_dir)
+    differences = settings_difference(run.config(), config)
+    if differences:
+        raise ConfigError(
+            f"the run {run.name} goes on with its own settings only; these differ:\n  "
+            + "\n  ".join(differences)
         )
     return run
 
 
-def _run_training(
-    config: RunConfig,
-    run: Run,
-    tokenizer: PreTrainedTokenizerBase,
-    train_data: PreparedData,
-    heldout_data: PreparedData | None,
-    resuming: bool,
-    show_progress: bool,
-) -> None:
-    checkpoint = None
-    remove_stages(run.checkpoints)
-    if resuming:
-        checkpoint = newest_valid_checkpoint(run.checkpoints, logger.warning)
-        run.forget_after(int(checkpoint.name.partition("-")[2]))
-    run.write("status.json", status_record("starting", 0, 0))
-    try:
-        callback = RunCallback(run, config.training, tokenizer, show_progress)
-        with stopping_on_signals(callback):
-            trainer = _trainer(config, run, tokenizer, train_data, heldout_data, resuming, callback)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except GapoError as error:
-        run.write(
-            "status.json", {**run.read("status.json"), "state": "failed", "message": str(error)}
-        )
-        logger.error("%s", error)
-        raise
-    _finish(trainer, run)
+def _new_run(runs_dir: Path, name: str | None, default_name: str) -> Run:
+    """A new run folder, made by the main process and known to all."""
+    is_main = PartialState().is_main_process
+    run = _same_everywhere(create_run(runs_dir, name, default_name) if is_main else None)
+    assert run is not None
+    return run
+
+
+def _rewound(run: Run) -> str:
+    """The checkpoint to go on from; all that came after it is forgotten, and the adapter of an
+    earlier stop with it."""
+    checkpoint = newest_valid_checkpoint(run.checkpoints, logger.warning)
+    step = int(checkpoint.name.partition("-")[2])
+    forget_after(run.checkpoints, step)
+    run.forget_after(step)
+    shutil.rmtree(run.adapter, ignore_errors=True)
+    return str(checkpoint)
+
+
+def _same_everywhere(value: Any) -> Any:
+    """The main process's value, in all processes."""
+    return broadcast_object_list([value])[0] if PartialState().num_processes > 1 else value
 
 
 def _trainer(
     config: RunConfig,
     run: Run,
+    prepared: Prepared,
     tokenizer: PreTrainedTokenizerBase,
-    train_data: PreparedData,
-    heldout_data: PreparedData | None,
-    resuming: bool,
     callback: RunCallback,
+    *,
+    resuming: bool,
 ) -> GapoTrainer:
     device = pick_device()
     policy = _policy(config, device)
     layout = _layout(config, policy)
     set_seed(config.training.seed)
+    heldout = prepared.heldout.tokenized.pairs if prepared.heldout else []
+    pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return GapoTrainer(
         policy,
-        training_arguments(
-            config.training, run, device, heldout=bool(heldout_data), resuming=resuming
-        ),
-        train_data.tokenized.pairs,
-        heldout_data.tokenized.pairs if heldout_data else [],
+        training_arguments(config.training, run, device, heldout=bool(heldout), resuming=resuming),
+        prepared.train.tokenized.pairs,
+        heldout,
         objective=config.objective.name,
         beta=config.objective.beta,
         margin_scale=config.objective.margin_scale,
         layout=layout,
-        pad_id=tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else tokenizer.eos_token_id or 0,
+        pad_id=next(i for i in pad_ids if i is not None),
         run=run,
         keep_checkpoints=config.training.keep_checkpoints,
         callbacks=[callback],
@@ -201,9 +207,9 @@ def training_arguments(
 ) -> TrainingArguments:
     """The stock trainer's arguments for our settings."""
     processes = PartialState().num_processes
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
-    os.environ.setdefault("WANDB_DIR", str(run.path))
-    return TrainingArguments(
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
+    os.environ["WANDB_DIR"] = str(run.path)
+    arguments = TrainingArguments(
         output_dir=str(run.path),
         run_name=run.name,
         report_to=list(training.report_to),
@@ -236,10 +242,12 @@ def training_arguments(
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs only by `accelerate launch`
+    return arguments
 
 
 def _finish(trainer: GapoTrainer, run: Run) -> None:
-    """Puts the adapter where peft loads it from, and says what comes next."""
+    """Puts the adapter where peft loads it from, then says how it ended."""
     if not trainer.is_world_process_zero():
         return
     stage = run.path / ".adapter-stage"
@@ -247,7 +255,10 @@ def _finish(trainer: GapoTrainer, run: Run) -> None:
     with telling_disk_errors(run.adapter):
         trainer.policy.save_pretrained(str(stage), save_embedding_layers=False)
         replace_folder(stage, run.adapter)
-    if run.read("status.json")["state"] == "stopped":
+    step, total = trainer.state.global_step, trainer.state.max_steps
+    state = "finished" if step >= total else "stopped"
+    run.write("status.json", status_record(state, step, total))
+    if state == "stopped":
         logger.info("Stopped and saved. Go on with: gapo-lite train --resume %s", run.path)
     else:
         logger.info("Finished. Chat with it: gapo-lite chat %s", run.path)
@@ -293,13 +304,28 @@ def _check_processes(training: TrainingConfig, processes: int) -> None:
 
 
 @contextlib.contextmanager
-def _removed_if_it_fails_early(run: Run, is_main: bool) -> Iterator[None]:
-    """A new run that fails before its first saved state leaves nothing behind."""
+def _removed_if_nothing_is_saved(run: Run) -> Iterator[None]:
+    """A new run that fails before it has logged or saved anything leaves nothing behind."""
     try:
         yield
     except GapoError:
-        if is_main and not (run.path / "metrics.jsonl").exists():
+        saved = (run.path / "metrics.jsonl").exists() or list_checkpoints(run.checkpoints)
+        if PartialState().is_main_process and not saved:
             remove_run(run)
+        raise
+
+
+@contextlib.contextmanager
+def _failures_recorded(run: Run) -> Iterator[None]:
+    """A failure that a person can mend stands in status.json, unless the disk is what failed."""
+    try:
+        yield
+    except GapoError as error:
+        logger.error("%s", error)
+        if PartialState().is_main_process:
+            with contextlib.suppress(GapoError):
+                status = run.read("status.json")
+                run.write("status.json", {**status, "state": "failed", "message": str(error)})
         raise
 
 

@@ -45,7 +45,7 @@ def user(text):
 
 def one(tokenizer, prompt="Hi there", chosen="Yes.", rejected="No, not at all.", **limits):
     pair = PreferencePair(user(prompt), chosen, rejected)
-    return tokenize_pairs([pair], np.array([0.3]), tokenizer, **limits).pairs[0]
+    return tokenize_pairs([pair], tokenizer, **limits).pairs[0]
 
 
 def test_llama3_has_one_bos_one_end_of_turn_and_nothing_after_it(llama3):
@@ -56,7 +56,6 @@ def test_llama3_has_one_bos_one_end_of_turn_and_nothing_after_it(llama3):
             "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi there<|eot_id|>"
             f"<|start_header_id|>assistant<|end_header_id|>\n\n{text}<|eot_id|>"
         )
-    assert pair.margin == pytest.approx(0.3)
 
 
 def test_the_embedded_template_ends_a_turn_without_its_newline(smol):
@@ -115,7 +114,7 @@ def test_then_the_response_is_cut_on_the_right(smol):
         PreferencePair(user("word " * 100), "so " * 100, "no"),
         PreferencePair(user("short"), "yes", "no"),
     ]
-    out = tokenize_pairs(pairs, np.zeros(2), smol, max_length=64, max_prompt_length=40)
+    out = tokenize_pairs(pairs, smol, max_length=64, max_prompt_length=40)
     first = out.pairs[0]
     assert (len(first.prompt_ids), len(first.chosen_ids), len(first.rejected_ids)) == (40, 24, 2)
     assert smol.convert_tokens_to_ids("<|im_end|>") not in first.chosen_ids
@@ -128,11 +127,10 @@ def test_a_pair_without_room_for_a_scored_token_is_dropped_and_counted(smol):
         PreferencePair(user("word " * 100), "yes", "no"),
         PreferencePair(user("short"), "yes", "no"),
     ]
-    out = tokenize_pairs(pairs, np.array([1.0, 2.0]), smol, max_length=50, max_prompt_length=50)
+    out = tokenize_pairs(pairs, smol, max_length=50, max_prompt_length=50)
     assert (len(out.pairs), out.num_dropped, out.indices.tolist()) == (1, 1, [1])
-    assert out.pairs[0].margin == 2.0
     with pytest.raises(DataError, match="max_length"):
-        tokenize_pairs(pairs[:1], np.zeros(1), smol, max_length=50, max_prompt_length=50)
+        tokenize_pairs(pairs[:1], smol, max_length=50, max_prompt_length=50)
 
 
 def test_a_model_without_chat_template_is_refused(smol):

@@ -31,14 +31,18 @@ def run_benchmark(script, *arguments):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def gpu_8b():
-    """The module, imported as the script imports its neighbours."""
+def imported(name):
+    """A benchmark as a module, importing its neighbours as the script does."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        yield importlib.import_module("gpu_8b")
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def gpu_8b():
+    return imported("gpu_8b")
 
 
 def pair(prompt, chosen, rejected):
@@ -46,29 +50,58 @@ def pair(prompt, chosen, rejected):
     return TokenizedPair(*ids, margin=0.3)
 
 
+@pytest.fixture(scope="module")
+def tiny_options(tiny_model):
+    """A step of two pairs, in float32."""
+    return [
+        *("--model", tiny_model, "--data", "embedded:everyday", "--rounds", 1, "--steps", 1),
+        *("--micro-batch", 2, "--rank", 2, "--max-length", 48, "--precision", "float32"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def training_step_result(tiny_options, tmp_path_factory):
+    """What the screen says and what the file holds."""
+    file = tmp_path_factory.mktemp("results") / "result.json"
+    screen = run_benchmark("training_step.py", *tiny_options, "--json", file)
+    return screen, json.loads(file.read_text())
+
+
 def test_the_training_step_is_measured_beside_trl_and_both_compute_the_same_losses(
-    tiny_model, tmp_path
+    training_step_result,
 ):
-    file = tmp_path / "result.json"
-    screen = run_benchmark(
-        "training_step.py",
-        *("--model", tiny_model, "--data", "embedded:everyday", "--json", file),
-        *("--rounds", 1, "--steps", 1, "--micro-batch", 2, "--rank", 2),
-        *("--max-length", 48, "--precision", "float32", "--layout", "packed", "padded"),
-    )
-    result = json.loads(file.read_text())
-    contenders = [row["contender"] for row in result["measurements"]]
-    assert contenders == ["trl", "packed", "padded"]
-    assert all(row["pairs_per_second"] > 0 for row in result["measurements"])
-    assert all(row["above_model_gib"] < row["peak_gib"] for row in result["measurements"])
-    trl, packed, padded = (row["tokens_per_pair"] for row in result["measurements"])
-    assert packed < padded == trl
-    for ratio in result["ratios"]:
-        assert ratio["pairs_with_other_tokens"] == 0
-        assert abs(ratio["first_loss_difference"]) < 1e-3
-        assert len(ratio["pairs_per_second"]["rounds"]) == 1
+    screen, result = training_step_result
+    trl, packed = result["measurements"]
+    assert (trl["contender"], packed["contender"]) == ("trl", "packed")
+    assert packed["tokens_per_pair"] < trl["tokens_per_pair"]
+    for row in (trl, packed):
+        assert row["pairs_per_second"] == pytest.approx(2 / sum(row["step_seconds"]))
+        assert row["above_model_gib"] < row["peak_gib"]
+    (ratio,) = result["ratios"]
+    assert ratio["pairs_with_other_tokens"] == 0
+    assert abs(ratio["first_loss_difference"]) < 1e-3
+    assert ratio["peak_gib"]["rounds"] == [packed["peak_gib"] / trl["peak_gib"]]
     assert result["machine"]["torch"] == torch.__version__
-    assert "GaPO-Lite packed / TRL" in screen
+    assert "GaPO-Lite packed / TRL, 2 pairs a step" in screen
+
+
+def test_the_padded_ablation_reads_as_many_tokens_as_trl_and_has_its_loss(
+    training_step_result, tiny_options
+):
+    training_step = imported("training_step")
+    options = training_step._options([str(value) for value in tiny_options])
+    padded = training_step.measure("padded", options)
+    trl, _ = training_step_result[1]["measurements"]
+    assert padded["tokens_per_pair"] == trl["tokens_per_pair"]
+    assert padded["first_loss"] == pytest.approx(trl["first_loss"], abs=1e-3)
+
+
+def test_losses_that_disagree_on_the_same_tokens_end_the_benchmark(training_step_result):
+    training_step = imported("training_step")
+    ratio = {**training_step_result[1]["ratios"][0], "first_loss_difference": 0.01}
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        training_step._check_losses([ratio], tolerance=1e-3)
+    training_step._check_losses([{**ratio, "first_step_has_same_tokens": False}], tolerance=1e-3)
 
 
 def test_the_8b_benchmark_measures_both_contenders_on_one_tiny_model(tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 
 import pytest
-import torch
+from conftest import ROOT
+from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from gapo_lite import doctor
@@ -59,26 +61,43 @@ def test_a_token_is_noticed_and_never_shown(lines, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("limits", "mark", "says"),
+    ("found", "mark", "says"),
     [
-        (("99.0", "99.1"), "fail", "is too old: 99.0 to 99.1 is tested"),
-        (("1.0", "1.1"), "warn", "is newer than what is tested: 1.0 to 1.1"),
-        (("1.0", torch.__version__.split("+")[0]), "ok", torch.__version__),
-        (("1.0", ".".join(torch.__version__.split(".")[:2])), "ok", torch.__version__),
+        ("2.10.1", "fail", "2.10.1 is too old: 2.11 to 2.13 is needed"),
+        ("2.11.0", "ok", "2.11.0"),
+        ("2.13.1+cu130", "ok", "2.13.1+cu130"),
+        ("2.14.0", "warn", "2.14.0 is newer than what is tested: 2.11 to 2.13"),
     ],
 )
-def test_versions_are_held_against_the_tested_ones(lines, monkeypatch, limits, mark, says):
-    monkeypatch.setitem(doctor.SUPPORTED, "torch", limits)
-    code, found = lines()
-    assert line_of("torch", found).startswith(mark)
-    assert line_of("torch", found).endswith(says)
+def test_versions_are_held_against_the_supported_ones(lines, monkeypatch, found, mark, says):
+    real = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: found if name == "torch" else real(name))
+    code, lines_found = lines()
+    assert line_of("torch", lines_found).split(maxsplit=2) == [mark, "torch", says]
     assert code == (1 if mark == "fail" else 0)
 
 
+def test_a_datasets_with_the_pickle_hole_is_a_warning(monkeypatch):
+    monkeypatch.setattr(doctor, "version", lambda name: "4.8.2")
+    assert doctor._package("datasets").mark == "warn"
+    assert "only folders that you trust" in doctor._package("datasets").text
+
+
+def test_the_supported_versions_are_those_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = {
+        Requirement(text).name: Requirement(text).specifier for text in project["dependencies"]
+    }
+    for name, (oldest, newest) in doctor.SUPPORTED.items():
+        major, minor = newest.split(".")
+        assert f">={oldest}" in str(ranges[name])
+        assert f"<{major}.{int(minor) + 1}" in str(ranges[name])
+
+
 def test_a_missing_package_fails_with_what_to_install(lines, monkeypatch):
-    monkeypatch.setitem(doctor.SUPPORTED, "no-such-package", ("1.2.0", "1.2.0"))
+    monkeypatch.setitem(doctor.SUPPORTED, "no-such-package", ("1.2", "1.2"))
     code, found = lines()
-    assert line_of("no-such-package", found).endswith("pip install no-such-package==1.2.0")
+    assert line_of("no-such-package", found).endswith("pip install 'no-such-package==1.2.*'")
     assert code == 1
 
 

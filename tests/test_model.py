@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import bitsandbytes.functional as bnb
 import numpy as np
@@ -169,7 +170,7 @@ def real_pairs_of(rows, tokenizer, count, **limits):
         PreferencePair([{"role": "user", "content": row["prompt"]}], row["chosen"], row["rejected"])
         for row in rows[:count]
     ]
-    return tokenize_pairs(pairs, np.full(count, 0.3), tokenizer, **limits).pairs
+    return [replace(pair, margin=0.3) for pair in tokenize_pairs(pairs, tokenizer, **limits).pairs]
 
 
 def dequantised_twin(policy, base):

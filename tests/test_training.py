@@ -13,18 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from gapo_lite import evaluate as evaluate_module
 from gapo_lite import trainer as trainer_module
-from gapo_lite.checkpoints import list_checkpoints
+from gapo_lite.checkpoints import list_checkpoints, verify_checkpoint
 from gapo_lite.config import parse_config
 from gapo_lite.errors import ConfigError, DataError, ModelError, RunError
 from gapo_lite.run_callback import RunCallback
 from gapo_lite.runs import Run, list_runs
 from gapo_lite.trainer import GapoTrainer
-from gapo_lite.training import train
+from gapo_lite.training import train, training_arguments
 
 TIMING = {"tokens_per_second", "pairs_per_second", "memory_gib", "elapsed_s"}
 
@@ -160,6 +162,18 @@ def test_a_run_stopped_and_resumed_equals_the_uninterrupted_one(
     assert numbers(run) == numbers(finished)
     whole, cut = (r.adapter / "adapter_model.safetensors" for r in (finished, run))
     assert whole.read_bytes() == cut.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard's own
+def test_tensorboard_gets_the_same_numbers(tiny_settings, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    short = settings_with(tiny_settings, training={"max_steps": 3, "report_to": ["tensorboard"]})
+    run = run_of(short, tmp_path, name="board")
+    (events,) = (run.path / "tensorboard").rglob("events*")
+    board = EventAccumulator(str(events)).Reload()
+    (logged,) = board.Scalars("train/rewards/margins")
+    assert logged.value == pytest.approx(run.metrics()[1]["rewards/margins"], rel=1e-5)
 
 
 def test_micro_batches_do_not_change_the_gradients(tiny_settings, tmp_path):
@@ -307,6 +321,145 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
         run_of(tiny_settings, tmp_path, resume="hurt")
 
 
+def test_a_run_killed_after_its_last_checkpoint_does_not_step_again(tiny_settings, tmp_path):
+    short = settings_with(tiny_settings, training={"max_steps": 4, "schedule": "constant"})
+    run = run_of(short, tmp_path, name="late")
+    before, rows = (run.adapter / "adapter_model.safetensors").read_bytes(), numbers(run)
+    run.write("status.json", {**run.read("status.json"), "state": "running"})
+    run_of(short, tmp_path, resume="late")
+    assert run.read("status.json")["step"] == 4
+    assert [step for step, _ in list_checkpoints(run.checkpoints)] == [2, 4]
+    assert ((run.adapter / "adapter_model.safetensors").read_bytes(), numbers(run)) == (
+        before,
+        rows,
+    )
+
+
+def test_a_resumed_run_never_offers_the_adapter_of_its_earlier_stop(
+    tiny_settings, tmp_path, monkeypatch
+):
+    run = run_of(settings_with(tiny_settings, training={"max_steps": 4}), tmp_path, name="stale")
+    run.write("status.json", {**run.read("status.json"), "state": "stopped"})
+
+    def broken(*args, **kwargs):
+        raise RunError("killed here")
+
+    monkeypatch.setattr(GapoTrainer, "train", broken)
+    with pytest.raises(RunError, match="killed here"):
+        run_of(run.config().model_dump(), tmp_path, resume="stale")
+    assert run.trained_adapter() == run.checkpoints / "checkpoint-4"
+
+
+def test_a_failure_after_a_save_keeps_the_run_even_without_a_logged_step(
+    tiny_settings, tmp_path, monkeypatch
+):
+    quiet = settings_with(
+        tiny_settings,
+        data={"heldout_source": None, "heldout_fraction": 0},
+        training={"logging_steps": 100, "save_steps": 1},
+    )
+    real = GapoTrainer._clip_grad_norm
+
+    def fails(self, model):
+        if self.state.global_step == 3:
+            raise RunError("a NaN, say")
+        return real(self, model)
+
+    monkeypatch.setattr(GapoTrainer, "_clip_grad_norm", fails)
+    with pytest.raises(RunError, match="a NaN"):
+        run_of(quiet, tmp_path, name="kept")
+    assert [step for step, _ in list_checkpoints(tmp_path / "kept" / "checkpoints")] == [2, 3]
+    assert Run(tmp_path / "kept").state() == "failed"
+
+
+def test_damaged_checkpoints_do_not_count_as_the_newest(tiny_settings, tmp_path):
+    one = settings_with(tiny_settings, training={"keep_checkpoints": 2})
+    run = run_of(one, tmp_path, name="rot")
+    (run.checkpoints / "checkpoint-12" / "manifest.json").write_text("{")
+    run.write("status.json", {**run.read("status.json"), "state": "running"})
+    run_of(one, tmp_path, resume="rot")
+    assert all(not verify_checkpoint(path) for _, path in list_checkpoints(run.checkpoints))
+
+
+def test_a_resume_with_other_settings_is_refused(tiny_settings, tmp_path):
+    run = run_of(settings_with(tiny_settings, training={"max_steps": 2}), tmp_path, name="own")
+    before = (run.path / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"training\.max_steps: the run has 2, given is 3"):
+        run_of(settings_with(tiny_settings, training={"max_steps": 3}), tmp_path, resume="own")
+    assert (run.path / "config.yaml").read_text() == before
+
+
+def test_several_gpus_are_not_used_unasked(tiny_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    arguments = training_arguments(
+        parse_config(tiny_settings).training, Run(tmp_path), torch.device("cpu"), heldout=False
+    )
+    assert (arguments.n_gpu, arguments.train_batch_size) == (
+        0,
+        2,
+    ) or arguments.train_batch_size == 2
+
+
+def test_a_disk_that_is_really_full_is_one_message_and_loses_nothing(tiny_settings, tmp_path):
+    """A process may write no file larger than 64 KiB: the optimizer's state does not fit."""
+    code = (
+        "import resource, signal, sys, yaml\n"
+        "from gapo_lite.config import parse_config\n"
+        "from gapo_lite.training import train\n"
+        "from gapo_lite.errors import RunError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
+        "try:\n"
+        "    train(parse_config(yaml.safe_load(sys.stdin)), runs_dir=sys.argv[1], name='full')\n"
+        "except RunError as error:\n"
+        "    print('RunError', error)\n"
+    )
+    settings = yaml.safe_dump(parse_config(tiny_settings).model_dump(mode="json"))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        input=settings, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "RunError cannot write" in done.stdout, done.stderr[-2000:]
+    assert Run(tmp_path / "full").state() == "failed"
+    assert list_checkpoints(tmp_path / "full" / "checkpoints") == []
+
+
+def test_running_out_of_memory_in_evaluation_scores_fewer_pairs_at_a_time(
+    tiny_settings, finished, tmp_path, monkeypatch
+):
+    real = evaluate_module.forward_logps
+
+    def crowded(model, batch):
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(model, batch)
+
+    monkeypatch.setattr(evaluate_module, "forward_logps", crowded)
+    run = run_of(settings_with(tiny_settings, training={"max_steps": 1}), tmp_path)
+    assert run.metrics()[0]["eval/loss"] == pytest.approx(
+        finished.metrics()[0]["eval/loss"], abs=1e-5
+    )
+
+
+def test_the_log_says_what_is_to_be_known_of_margins_and_data(finished, tiny_settings, tmp_path):
+    text = (finished.path / "train.log").read_text(encoding="utf-8")
+    assert "γ = 0.3, β = 10: average target margin 0.3, in reward units 3" in text
+    data = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"问题{i}", "chosen": "好的" * (i + 1), "rejected": "不好"} for i in range(4)
+    ]
+    rows += [{"prompt": "x", "chosen": "one two", "rejected": "one"}, {"prompt": "y"}]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    short = settings_with(
+        tiny_settings,
+        data={"source": str(data), "heldout_source": None, "heldout_fraction": 0},
+        training={"max_steps": 1, "batch_size": 2},
+    )
+    text = (run_of(short, tmp_path).path / "train.log").read_text(encoding="utf-8")
+    assert "sees no word at all in a text of 4 of 5 pairs" in text
+    assert "pairs.jsonl:6" in text
+
+
 def test_changed_data_are_noticed_on_resume(tiny_settings, tmp_path):
     data = tmp_path / "pairs.jsonl"
     data.write_bytes(Path(tiny_settings["data"]["source"]).read_bytes())
@@ -318,9 +471,10 @@ def test_changed_data_are_noticed_on_resume(tiny_settings, tmp_path):
 
 
 def test_the_same_folder_is_never_trained_twice_at_once(tiny_settings, tmp_path):
-    run = run_of(settings_with(tiny_settings, training={"max_steps": 2}), tmp_path, name="busy")
+    short = settings_with(tiny_settings, training={"max_steps": 2})
+    run = run_of(short, tmp_path, name="busy")
     with run.lock(), pytest.raises(RunError, match="another process"):
-        run_of(tiny_settings, tmp_path, resume="busy")
+        run_of(short, tmp_path, resume="busy")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ pairs, in float32."""
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,7 +28,8 @@ def real_pairs(real_rows):
         for r in rows
     ]
     tokenizer = load_tokenizer(SMOL)
-    return tokenize_pairs(pairs, np.full(len(pairs), GAMMA), tokenizer, max_length=512).pairs
+    tokenized = tokenize_pairs(pairs, tokenizer, max_length=512)
+    return [replace(pair, margin=GAMMA) for pair in tokenized.pairs]
 
 
 @pytest.fixture(scope="module")
