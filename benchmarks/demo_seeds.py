@@ -1,4 +1,4 @@
-"""The demo on several seeds: does the held-out accuracy and reward margin rise each time, and how long does it take?
+"""The demo on several seeds: do held-out accuracy and reward margin rise each time, and how fast?
 
     python benchmarks/demo_seeds.py --json benchmarks/results/demo_seeds.json
 

@@ -8,6 +8,8 @@ that `--help` is quick.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import logging
 import os
@@ -121,6 +123,7 @@ def train(
 ) -> None:
     """Train an adapter, or go on with a run that was stopped."""
     resolved = _resolved_config(config, settings or [], name, runs_dir, resume)
+    _import_unsloth_first(resolved)
     from gapo_lite import training
 
     run = training.train(
@@ -162,6 +165,13 @@ def demo(
     _say_what_next(run)
 
 
+def _import_unsloth_first(config: RunConfig) -> None:
+    """Unsloth patches transformers, so it has to come before it; its absence is told later."""
+    if config.model.backend == "unsloth":
+        with contextlib.suppress(ImportError, NotImplementedError):  # the latter without a GPU
+            importlib.import_module("unsloth")
+
+
 def _resolved_config(
     config: Path | None, settings: list[str], name: str | None, runs_dir: Path, resume: str | None
 ) -> RunConfig:
@@ -179,34 +189,15 @@ def _resolved_config(
             f"--name {name} with --resume {resume}: a run keeps its name. Leave one of them out."
         )
     run = open_run(resume, runs_dir)
-    own = run.config()
+    given = own = run.config()
     if config is not None or settings:
-        _check_same_settings(run, own, load_config(config or run.path / "config.yaml", settings))
-    if run.state() == "finished":
+        given = load_config(config or run.path / "config.yaml", settings)
+    if given == own and run.state() == "finished":
         raise RunError(
             f"the run {run.name} is finished, so there is nothing to go on with. Use it "
             f"(gapo-lite chat {run.path}), or start a new run."
         )
-    return own
-
-
-def _check_same_settings(run: Run, own: RunConfig, given: RunConfig) -> None:
-    from gapo_lite.config import setting_keys
-
-    values = [config.model_dump(mode="json") for config in (own, given)]
-    lines = []
-    for key in setting_keys():
-        section, _, last = key.partition(".")
-        before, now = (value[section][last] for value in values)
-        if before != now:
-            lines.append(f"  {key}: the run has {before!r}, given is {now!r}")
-    if lines:
-        raise ConfigError(
-            f"the run {run.name} was begun with other settings, so it cannot go on exactly with "
-            "these.\n" + "\n".join(lines) + "\n"
-            f"Go on with its own (gapo-lite train --resume {run.path}), or start a new run without "
-            "--resume."
-        )
+    return given  # train refuses other settings than the run's own
 
 
 def _say_what_next(run: Run) -> None:

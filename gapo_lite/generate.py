@@ -80,8 +80,8 @@ def stream_answer(
         seed,
     )
     worker = threading.Thread(target=_generate, args=arguments, daemon=True)
-    worker.start()
     try:
+        worker.start()
         yield from streamer
     finally:
         stop.set()

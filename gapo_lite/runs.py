@@ -22,6 +22,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -34,9 +35,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from gapo_lite.checkpoints import list_checkpoints, verify_checkpoint
+from gapo_lite.checkpoints import list_checkpoints, newest_valid_checkpoint
 from gapo_lite.config import RunConfig, load_config
 from gapo_lite.errors import RunError
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _DISK_ERRORS = {
@@ -111,14 +114,13 @@ class Run:
         """The adapter to use: the finished one, else the newest valid checkpoint's.
 
         Raises:
-            RunError: nothing has been saved yet.
+            RunError: nothing has been saved yet, or all of it is damaged.
         """
         if (self.adapter / "adapter_config.json").is_file():
             return self.adapter
-        for _, path in reversed(list_checkpoints(self.checkpoints)):
-            if not verify_checkpoint(path):
-                return path
-        raise RunError(f"the run {self.name} has saved no adapter yet (state: {self.state()}).")
+        if not list_checkpoints(self.checkpoints):
+            raise RunError(f"the run {self.name} has saved no adapter yet (state: {self.state()}).")
+        return newest_valid_checkpoint(self.checkpoints, logger.warning)
 
     # -- write side --
 

@@ -338,7 +338,7 @@ class GapoTrainer(Trainer):
         if own["processes"] != self.args.world_size:
             raise RunError(
                 f"{folder} was written by {own['processes']} process(es), and this training has "
-                f"{self.args.world_size}: the data would come in another order. Resume with as many."
+                f"{self.args.world_size}: the data would come in another order. Use as many."
             )
         if self.is_world_process_zero():  # the saved window is the sum over processes
             self._window_sums += torch.tensor(

@@ -80,7 +80,7 @@ def train(
             nothing behind.
     """
     _check_reporters(config.training)
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())  # else CPU processes go unnoticed
     _check_processes(config.training, state.num_processes)
     run = _resumed_run(config, resume, Path(runs_dir)) if resume else None
     with contextlib.ExitStack() as stack:
@@ -115,8 +115,10 @@ def _resumed_run(config: RunConfig, resume: str | Path, runs_dir: Path) -> Run:
     differences = settings_difference(run.config(), config)
     if differences:
         raise ConfigError(
-            f"the run {run.name} goes on with its own settings only; these differ:\n  "
-            + "\n  ".join(differences)
+            f"the run {run.name} was begun with other settings, so it cannot go on exactly with "
+            "these.\n"
+            + "".join(f"  {line}\n" for line in differences)
+            + f"Go on with its own (gapo-lite train --resume {run.path}), or start a new run."
         )
     return run
 

@@ -42,7 +42,6 @@ def test_a_run_that_has_just_begun_has_no_results_yet(tiny_settings, tmp_path):
         ("config.yaml", b""),
         ("status.json", b"{"),
         ("status.json", b"[]"),
-        ("metrics.jsonl", b"{\n"),
         ("metrics.jsonl", b"1\n"),
         ("margins.json", b"\x00"),
     ],

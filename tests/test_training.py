@@ -503,7 +503,7 @@ def test_two_processes_under_accelerate_launch_train_as_one(tiny_settings, tmp_p
         sys.executable,
         "-m",
         "accelerate.commands.launch",
-        "--cpu",
+        "--multi_gpu",
         "--num_processes=2",
         "--num_machines=1",
     ]
@@ -525,6 +525,7 @@ def test_two_processes_under_accelerate_launch_train_as_one(tiny_settings, tmp_p
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "two" / "checkpoints" / "checkpoint-12" / "random-1.json").is_file()
     single, double = run_of(plain, tmp_path, name="one"), Run(tmp_path / "two")
     assert [row["step"] for row in double.metrics()] == [row["step"] for row in single.metrics()]
     for ours, theirs in zip(numbers(double), numbers(single), strict=True):
