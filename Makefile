@@ -1,6 +1,9 @@
 # GaPO-Lite. `make help` lists what there is.
 
-PYTHON ?= $(shell for p in python3.12 python3.11 python3; do command -v $$p && break; done | head -n 1)
+# The first Python 3.12 or 3.11 that runs (a name on the PATH may be an empty shim).
+IS_FIT = import sys, ensurepip, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c '$(IS_FIT)' >/dev/null 2>&1 && echo $$p && break; done)
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -35,7 +38,7 @@ clean: ## Remove .venv and caches
 
 # torch comes first and alone: given a range, or as a dependency of others, pip may take another, larger build.
 .venv/.ready: requirements.txt requirements-embedded.txt pyproject.toml
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12")'
+	@"$(PYTHON)" -c '$(IS_FIT)' || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt

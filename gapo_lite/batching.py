@@ -1,10 +1,9 @@
 """Pairs → tokens → batches.
 
 The prompt is rendered with the model's own chat template up to the assistant's header, and
-tokenised apart from the
-responses: it is then the same token row for both, and the row that generation will see. A
-    response's scored tokens are
-its text and the template's end-of-turn token once, nothing after it.
+tokenised apart from the responses: it is then the same token row for both, and the row that
+generation will see. A response's scored tokens are its text and the template's end-of-turn token
+once, nothing after it.
 """
 
 from __future__ import annotations

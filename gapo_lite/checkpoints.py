@@ -2,10 +2,9 @@
 
 A checkpoint is a folder `checkpoint-<step>`. It is written beside its place, flushed to the disk,
 given a manifest with the size and SHA-256 of each file, and renamed into place; older ones are
-removed only after that. Reading starts with
-the manifest: a checkpoint that was torn or has one flipped bit is named, and the newest valid one
-    is taken. (The stock
-Trainer's are written in place and resumed unread: 24 of 40 kills left a torn newest one.)
+removed only after that. Reading starts with the manifest: a checkpoint that was torn or has one
+flipped bit is named, and the newest valid one is taken. (The stock Trainer's are written in place
+and resumed unread: 24 of 40 kills left a torn newest one.)
 """
 
 from __future__ import annotations

@@ -2,10 +2,8 @@
 
 Only the rows that predict a scored token reach the vocabulary projection, tile by tile. Since d
 logp_t / d h depends on nothing downstream, each tile's gradient row W[t] − softmax(h Wᵀ) W is made
-in the forward pass while the tile's logits
-are there, and the backward pass only scales it: two matrix products a tile instead of the three of
-    recomputation, and
-memory for one tile of logits.
+in the forward pass while the tile's logits are there, and the backward pass only scales it: two
+matrix products a tile instead of the three of recomputation, and memory for one tile of logits.
 
 Naive equivalent (what the tests compare with):
 

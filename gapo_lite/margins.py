@@ -1,10 +1,8 @@
 """From evaluation factors to target margins: floor, mapping, normalisation.
 
 Source: *Gap-Aware Preference Optimization*, section 3.2 (eqs. 6, 8 and 10) and Table 4. The floor
-    is this project's own
-decision: real data has pairs with no common token (EF = 0, so log(1/EF) would be infinite), and
-    the paper does not say
-what it does with them.
+is this project's own decision: real data has pairs with no common token (EF = 0, so log(1/EF) would
+be infinite), and the paper does not say what it does with them.
 
     ef ── clamp to [ef_floor, 1] ── mapping ──> gap ── normalisation with γ ──> target margin
 """

@@ -1,12 +1,10 @@
 """GapoTrainer: a thin `transformers.Trainer` for preference pairs.
 
 It keeps the stock loop (schedule, accumulation, clipping, callbacks, accelerate) and replaces what
-that gets wrong for
-this job: the loss is a mean over pairs whatever the micro-batches, metrics are counted over pairs
-    and survive a resume,
-checkpoints are whole or absent, a NaN stops before the weights change, and running out of memory
-splits the micro-batch. `training.py` has `train()`, which prepares everything from a config and
-runs it.
+that gets wrong for this job: the loss is a mean over pairs whatever the micro-batches, metrics are
+counted over pairs and survive a resume, checkpoints are whole or absent, a NaN stops before the
+weights change, and running out of memory splits the micro-batch. `training.py` has `train()`, which
+prepares everything from a config and runs it.
 """
 
 from __future__ import annotations
