@@ -112,7 +112,7 @@ def _generate(
     top_p: float,
     seed: int,
 ) -> None:
-    training, run = model.training, cast(Any, model.generate)
+    training = model.training
     try:
         model.eval()
         inputs = tokenizer(
@@ -124,7 +124,7 @@ def _generate(
         with torch.random.fork_rng(enabled=bool(sampling)):
             if sampling:
                 torch.manual_seed(seed)
-            run(
+            cast(Any, model.generate)(
                 **inputs.to(model.device),
                 **(
                     {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
