@@ -35,9 +35,8 @@ def pair_logps(hidden: torch.Tensor, weight: torch.Tensor, batch: PairBatch) -> 
     """
     rows = hidden.flatten(0, 1).index_select(0, batch.predict_index)
     token_logps = selected_logps(rows, weight, batch.target_ids)
-    sums = torch.segment_reduce(
-        token_logps, "sum", lengths=batch.lengths
-    )  # index_add would be random on CUDA
+    # Not index_add, whose order of addition is random on CUDA.
+    sums = torch.segment_reduce(token_logps, "sum", lengths=batch.lengths)
     chosen, rejected = sums.chunk(2)
     chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
     return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
@@ -91,9 +90,8 @@ def _tile_logps(
     rows: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probabilities (n,), exponentials (n, V) in the logits' memory, and their sums (n,)."""
-    logits = torch.mm(
-        rows, weight.T
-    ).float()  # bfloat16 logits are rounded before this, as everywhere
+    # bfloat16 logits are rounded before they become float32, as in every trainer.
+    logits = torch.mm(rows, weight.T).float()
     chosen = logits.gather(1, target_ids[:, None])[:, 0]
     maxima = logits.max(dim=1).values
     exps = logits.sub_(maxima[:, None]).exp_()

@@ -79,9 +79,7 @@ def estimate_margins(
     ef = np.asarray(ef, dtype=np.float64)
     _check_settings(mapping, normalization, ef_floor)
     _check_ef(ef)
-    gaps = (
-        MAPPINGS[mapping](np.clip(ef, ef_floor, 1.0)) + 0.0
-    )  # + 0.0 turns -log(1) = -0.0 into 0.0
+    gaps = MAPPINGS[mapping](np.clip(ef, ef_floor, 1.0)) + 0.0  # -log(1) = -0.0 becomes 0.0
     if mean_gap is None:
         mean_gap = float(gaps.mean())
     if normalization == "scale" and mean_gap <= 0.0:

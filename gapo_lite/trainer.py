@@ -100,9 +100,8 @@ class GapoTrainer(Trainer):
         self.collate: Collate = pack if layout == "packed" else partial(pad, pad_id=pad_id)
         self._step_pairs: list[list[TokenizedPair]] = []  # micro-batches of the step under way
         self._step_sums = torch.zeros(len(MEANS) + 2, dtype=torch.float64, device=args.device)
-        self._window_sums = (
-            self._step_sums.clone()
-        )  # since the last logged step: MEANS, pairs, tokens
+        # Since the last logged step: MEANS, pairs, tokens.
+        self._window_sums = self._step_sums.clone()
         self._window_start = self._started = time.perf_counter()
         self._seconds_before = 0.0  # of this run, in earlier processes
         super().__init__(
@@ -110,9 +109,8 @@ class GapoTrainer(Trainer):
             args=args,
             train_dataset=train_pairs,
             eval_dataset=self.heldout_pairs or None,
-            data_collator=cast(
-                Any, list
-            ),  # splitting a micro-batch needs the pairs; training_step collates
+            # Splitting a micro-batch needs the pairs: training_step collates.
+            data_collator=cast(Any, list),
             **kwargs,
         )
         self.remove_callback(PrinterCallback)
@@ -180,15 +178,14 @@ class GapoTrainer(Trainer):
             )
             raise RunError(
                 f"out of memory at step {self.state.global_step + 1} with "
-                f"{math.ceil(largest / self.splits)} pair(s) a "
-                f"forward pass: {hint}, or turn on training.gradient_checkpointing. ({oom[:200]})"
+                f"{math.ceil(largest / self.splits)} pair(s) a forward pass: {hint}, or turn on "
+                f"training.gradient_checkpointing. ({oom[:200]})"
             )
         self.splits *= 2
         size = math.ceil(self.args.per_device_train_batch_size / self.splits)
         logger.warning(
             "Out of memory: going on with micro-batches of %d pair(s) and %d accumulation steps "
-            "(the same effective "
-            "batch; set training.micro_batch_size to %d next time).",
+            "(the same effective batch; set training.micro_batch_size to %d next time).",
             size,
             self.args.gradient_accumulation_steps * self.splits,
             size,
@@ -215,10 +212,9 @@ class GapoTrainer(Trainer):
         if not math.isfinite(norm):
             raise RunError(
                 f"the gradient norm is {float(norm)} at step {self.state.global_step + 1}; "
-                "stopped before the weights "
-                "changed. Lower training.learning_rate or objective.beta, or use "
-                "model.precision: float32; then start "
-                "again, or resume from the last checkpoint."
+                "stopped before the weights changed. Lower training.learning_rate or "
+                "objective.beta, or use model.precision: float32; then start again, or resume "
+                "from the last checkpoint."
             )
         return norm
 
@@ -311,9 +307,8 @@ class GapoTrainer(Trainer):
         self._window_start += time.perf_counter() - began
 
     def _save_shared_state(self, stage: Path, window: list[float]) -> None:
-        self.policy.save_pretrained(
-            str(stage), save_embedding_layers=False
-        )  # "auto" would ask the Hub
+        # save_embedding_layers="auto", the default, would ask the Hub.
+        self.policy.save_pretrained(str(stage), save_embedding_layers=False)
         save_optimizer(stage, self.optimizer, self.lr_scheduler)
         self.state.save_to_json(str(stage / "trainer_state.json"))
         own = {
