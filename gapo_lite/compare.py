@@ -19,11 +19,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from gapo_lite.batching import pack, pad
 from gapo_lite.config import RunConfig
-from gapo_lite.errors import ModelError, RunError
 from gapo_lite.evaluate import Collate, PairScores, score_heldout, summarize
 from gapo_lite.model import (
     load_adapter,
@@ -39,7 +37,6 @@ from gapo_lite.runs import Run
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -149,38 +146,7 @@ def load_policy(
         dtype=dtype,
         device=device,
     )
-    return fit_adapter(base, adapter)
-
-
-def fit_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
-    """`load_adapter`, which a damaged file does not upset and no left-over layer escapes.
-
-    Raises:
-        ModelError: the adapter was made for another base.
-        RunError: it is damaged.
-    """
-    try:
-        policy = load_adapter(base, adapter)
-        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-            saved = set(file.keys())
-    except (SafetensorError, FileNotFoundError) as error:
-        raise damaged_adapter(adapter, error) from None
-    places = {name.replace(".default.", ".") for name, _ in policy.named_parameters()}
-    if homeless := sorted(saved - places):  # peft drops them without a word
-        raise ModelError(
-            f"the adapter in {adapter} was made for another base than {base.config.name_or_path}, "
-            f"which has no place for {len(homeless)} of its {len(saved)} weights (such as "
-            f"{homeless[0]}). Load the base model that it was trained on."
-        )
-    return policy
-
-
-def damaged_adapter(adapter: Path, error: Exception) -> RunError:
-    """The error for an adapter whose files cannot be read."""
-    return RunError(
-        f"the adapter in {adapter} is damaged ({error}). Train the run again; if it has "
-        "checkpoints, move this folder away and the newest of them is taken."
-    )
+    return load_adapter(base, adapter)
 
 
 def adapter_step(run: Run, adapter: Path) -> int:

@@ -18,9 +18,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from gapo_lite.compare import adapter_step, damaged_adapter, fit_adapter
+from gapo_lite.compare import adapter_step
 from gapo_lite.config import RunConfig
-from gapo_lite.model import _quiet_transformers, load_base, load_tokenizer
+from gapo_lite.model import (
+    _quiet_transformers,
+    damaged_adapter,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+)
 from gapo_lite.outputs import whole_folder
 from gapo_lite.runs import Run
 
@@ -92,7 +98,7 @@ def _write_merged(config: RunConfig, adapter: Path, folder: Path) -> None:
     ):  # a folder that bitsandbytes quantised: there are no other weights to merge into
         with _quiet_transformers():
             base = base.dequantize()
-    model = fit_adapter(base, adapter).merge_and_unload(safe_merge=True)
+    model = load_adapter(base, adapter).merge_and_unload(safe_merge=True)
     with _quiet_transformers():
         # How a dequantised checkpoint was read cannot be undone, and need not be.
         model.save_pretrained(folder, save_original_format=not prequantized)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -34,7 +35,7 @@ from transformers import (
 from gapo_lite.attention import SHARED_PREFIX, placeholder_mask
 from gapo_lite.batching import pack, pad
 from gapo_lite.embedded import EMBEDDED_MODELS, cache_dir, embedded_path
-from gapo_lite.errors import ModelError
+from gapo_lite.errors import ModelError, RunError
 from gapo_lite.logps import pair_logps
 from gapo_lite.types import PairBatch, PairLogps, TokenizedPair
 
@@ -226,6 +227,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 
     Raises:
         ModelError: the folder holds no adapter, or one made for another base.
+        RunError: its files are damaged.
     """
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
@@ -234,19 +236,38 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
             "save?"
         )
     try:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            saved = set(file.keys())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # as in add_adapter
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+            policy = PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+    except (SafetensorError, FileNotFoundError) as error:
+        raise damaged_adapter(folder, error) from None
     except (RuntimeError, ValueError, KeyError, UserWarning, json.JSONDecodeError) as error:
-        made_for = json.loads((folder / "adapter_config.json").read_text()).get(
-            "base_model_name_or_path"
-        )
-        raise ModelError(
-            f"the adapter in {folder} does not fit {model.config.name_or_path}: it was made for "
-            f"{made_for}. "
-            f"Load that base model instead. ({' '.join(str(error).split())[:200]})"
-        ) from None
+        raise _unfit_adapter(model, folder, " ".join(str(error).split())[:200]) from None
+    places = {name.replace(".default.", ".") for name, _ in policy.named_parameters()}
+    if homeless := sorted(saved - places):  # peft drops them without a word
+        reason = f"no place for {len(homeless)} of its {len(saved)} weights, such as {homeless[0]}"
+        raise _unfit_adapter(model, folder, reason)
+    return policy
+
+
+def damaged_adapter(folder: Path, error: Exception) -> RunError:
+    """The error for an adapter whose files cannot be read."""
+    return RunError(
+        f"the adapter in {folder} is damaged ({error}). Train the run again; if it has "
+        "checkpoints, move this folder away and the newest of them is taken."
+    )
+
+
+def _unfit_adapter(model: PreTrainedModel, folder: Path, reason: str) -> ModelError:
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    return ModelError(
+        f"the adapter in {folder} does not fit here: it was made for "
+        f"{settings.get('base_model_name_or_path')}, another base than "
+        f"{model.config.name_or_path}. Load that one. ({reason})"
+    )
 
 
 def why_not_packed(model: Policy) -> str:
