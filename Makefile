@@ -7,17 +7,20 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup run demo test check format bench browser clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: .venv/.ready ## Make .venv with everything that training needs
 
+run: setup ## Open the page on http://127.0.0.1:7860 (ARGS="--port 7861 --data-dir my-data")
+	$(BIN)/python -m app --open $(ARGS)
+
 demo: setup ## Train the embedded model with GaPO in 4 bits (CPU or GPU) and show what changed
 	$(BIN)/gapo-lite demo
 
-test: check ## Set up, check and run all tests
+test: check browser ## Set up, check and run all tests
 	$(BIN)/python -m pytest -n 2
 
 check: .venv/.ready-dev ## Lint, formatting and types
@@ -32,6 +35,11 @@ format: .venv/.ready-dev ## Format the code
 bench: .venv/.ready-dev ## Print what README claims about speed and memory (CPU, about 20 minutes)
 	$(BIN)/python benchmarks/ef_scoring.py
 	$(BIN)/python benchmarks/training_step.py
+
+browser: ## Debian's Chromium for the tests of the page, where it is missing and can be installed
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+	{ test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
+	echo "There is no Chromium: the tests of the page are skipped (apt-get install chromium)."
 
 clean: ## Remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

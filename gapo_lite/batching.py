@@ -8,7 +8,7 @@ once, nothing after it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from gapo_lite.errors import DataError, ModelError
 from gapo_lite.types import Message, PairBatch, PreferencePair, Segments, TokenizedPair
 
-_TEXTS_A_CALL = 2048
+_PAIRS_A_CALL = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +65,8 @@ def tokenize_pairs(
         ModelError: the tokenizer has no chat template, or one without an end of turn.
         DataError: the template refuses a conversation, or no pair is left.
     """
-    ending = turn_ending(tokenizer)
-    prompts = _token_ids(
-        tokenizer, [render_prompt(tokenizer, pair.prompt) for pair in pairs], split_special=False
-    )
-    chosen = _token_ids(
-        tokenizer, [ending.text_of(pair.chosen) for pair in pairs], split_special=True
-    )
-    rejected = _token_ids(
-        tokenizer, [ending.text_of(pair.rejected) for pair in pairs], split_special=True
-    )
-    end = np.array([ending.token_id], dtype=np.int32)
-
     kept, indices, short_prompts, short_responses = [], [], 0, 0
-    for index, (prompt, w, l) in enumerate(zip(prompts, chosen, rejected, strict=True)):
-        w, l = np.concatenate((w, end)), np.concatenate((l, end))
+    for index, (prompt, w, l) in enumerate(encode_pairs(pairs, tokenizer)):
         longest = max(len(w), len(l))
         cut_prompt = _cut_left(
             prompt, max(max_length - longest, max_prompt_length), tokenizer.bos_token_id
@@ -100,6 +87,29 @@ def tokenize_pairs(
     return TokenizedPairs(
         kept, np.array(indices), short_prompts, short_responses, len(pairs) - len(kept)
     )
+
+
+def encode_pairs(
+    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Token ids of each pair before any cut: its rendered prompt, and its chosen and rejected
+    response with the end-of-turn token.
+
+    Raises:
+        ModelError: the tokenizer has no chat template, or one without an end of turn.
+        DataError: the template refuses a conversation.
+    """
+    ending = turn_ending(tokenizer)
+    end = np.array([ending.token_id], dtype=np.int32)
+    for start in range(0, len(pairs), _PAIRS_A_CALL):
+        some = pairs[start : start + _PAIRS_A_CALL]
+        prompts = [render_prompt(tokenizer, pair.prompt) for pair in some]
+        texts = [ending.text_of(text) for pair in some for text in (pair.chosen, pair.rejected)]
+        responses = [
+            np.concatenate((ids, end)) for ids in _token_ids(tokenizer, texts, split_special=True)
+        ]
+        prompt_ids = _token_ids(tokenizer, prompts, split_special=False)
+        yield from zip(prompt_ids, responses[::2], responses[1::2], strict=True)
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
@@ -261,16 +271,13 @@ def _token_ids(
 ) -> list[np.ndarray]:
     """Token ids of each text. With `split_special`, a response that spells out `<|eot_id|>` stays
     plain text."""
-    ids: list[np.ndarray] = []
-    for start in range(0, len(texts), _TEXTS_A_CALL):
-        encoded = tokenizer(
-            texts[start : start + _TEXTS_A_CALL],
-            add_special_tokens=False,  # the template has written them already
-            split_special_tokens=split_special,
-            return_attention_mask=False,
-        )
-        ids += [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
-    return ids
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,  # the template has written them already
+        split_special_tokens=split_special,
+        return_attention_mask=False,
+    )
+    return [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
 
 
 def _cut_left(prompt: np.ndarray, room: int, bos_id: int | None) -> np.ndarray:

@@ -196,8 +196,7 @@ def _comparison(
         metric=config.ef.metric,
         gamma=config.margin.gamma,
         target_margin=margin,
-        target_reward_margin=margin
-        * (config.objective.beta if config.objective.margin_scale == "beta" else 1.0),
+        target_reward_margin=margin * config.objective.reward_scale,
         num_pairs=len(base.losses),
         base=summarize(base),
         tuned=summarize(tuned),

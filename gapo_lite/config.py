@@ -185,6 +185,11 @@ class ObjectiveConfig(_Section):
         "beta", description="beta: the margin is multiplied by β (eq. 5); one: it is not (eq. 9)."
     )
 
+    @property
+    def reward_scale(self) -> float:
+        """What a margin is multiplied by to be in reward units (METHOD.md, section 3)."""
+        return self.beta if self.margin_scale == "beta" else 1.0
+
 
 class TrainingConfig(_Section):
     """The optimisation and what is recorded of it."""
@@ -290,14 +295,21 @@ def parse_config(
 
 def settings_difference(own: RunConfig, other: RunConfig) -> list[str]:
     """One line for each setting that differs: its key and both values."""
-    values = [config.model_dump(mode="json") for config in (own, other)]
-    lines = []
-    for key in setting_keys():
-        section, _, last = key.partition(".")
-        mine, theirs = (value[section][last] for value in values)
-        if mine != theirs:
-            lines.append(f"{key}: the run has {mine!r}, given is {theirs!r}")
-    return lines
+    return [
+        f"{key}: the run has {mine!r}, given is {theirs!r}"
+        for key, (mine, theirs) in differing_settings(own, other).items()
+    ]
+
+
+def differing_settings(own: RunConfig, other: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ: key → both values, as plain data."""
+    mine, theirs = (config.model_dump(mode="json") for config in (own, other))
+    pairs = {
+        f"{section}.{name}": (value, theirs[section][name])
+        for section, values in mine.items()
+        for name, value in values.items()
+    }
+    return {key: (a, b) for key, (a, b) in pairs.items() if a != b}
 
 
 def setting_keys() -> list[str]:

@@ -171,17 +171,12 @@ def _margins(config: RunConfig, ef: np.ndarray, mean_gap: float | None) -> Margi
     return estimate_margins(ef, **config.margin.model_dump(), mean_gap=mean_gap)
 
 
-def reward_scale(config: RunConfig) -> float:
-    """What a margin is multiplied by to be in reward units (METHOD.md, section 3)."""
-    return config.objective.beta if config.objective.margin_scale == "beta" else 1.0
-
-
 def _about_margins(config: RunConfig, train: PreparedData) -> str:
     margins, mean = train.margins, float(train.margins.values.mean())
     text = (
         f"{len(train.pairs)} training pairs. γ = {config.margin.gamma:g}, β = "
         f"{config.objective.beta:g}: average target margin {mean:.4g}, in reward units "
-        f"{mean * reward_scale(config):.4g}"
+        f"{mean * config.objective.reward_scale:.4g}"
     )
     if OBJECTIVES[config.objective.name].takes_margin == "constant":
         return f"{text}, the same for all pairs."

@@ -15,7 +15,7 @@ import torch
 from gapo_lite.config import RunConfig
 from gapo_lite.data import data_fingerprint
 from gapo_lite.errors import RunError
-from gapo_lite.preparation import Prepared, reward_scale
+from gapo_lite.preparation import Prepared
 from gapo_lite.runs import Run
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def _margins_record(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "num_equal": margins.num_equal,
         "num_negative": margins.num_negative,
         "mean_margin": mean,
-        "mean_margin_in_reward_units": mean * reward_scale(config),
+        "mean_margin_in_reward_units": mean * config.objective.reward_scale,
         "margin_histogram": _histogram(margins.values),
         "ef_histogram": _histogram(prepared.train.ef, (0.0, 1.0)),
         "data": {

@@ -98,7 +98,7 @@ class Run:
     def is_locked(self) -> bool:
         """Whether a process is training in this folder now."""
         try:
-            with _locked(self.path / ".lock", probe=True):
+            with file_lock(self.path / ".lock", probe=True):
                 return False
         except BlockingIOError:
             return True
@@ -130,7 +130,7 @@ class Run:
 
     def write_text(self, name: str, text: str) -> None:
         """Replaces a file of the folder in one step."""
-        _replace_text(self.path / name, text)
+        replace_text(self.path / name, text)
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Adds a line to a .jsonl file in one system call, so that a reader sees all of it or none.
@@ -153,7 +153,7 @@ class Run:
             path = self.path / name
             if path.is_file():
                 rows = [row for row in read_jsonl(path) if row["step"] <= step]
-                _replace_text(
+                replace_text(
                     path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 )
 
@@ -172,7 +172,7 @@ class Run:
         """
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(_locked(self.path / ".lock", patience=1.0))
+                stack.enter_context(file_lock(self.path / ".lock", patience=1.0))
             except BlockingIOError:
                 pid = self.read("status.json").get("pid")
                 raise RunError(
@@ -196,15 +196,47 @@ def create_run(runs_dir: Path, name: str | None, default: str) -> Run:
     """
     with telling_disk_errors(runs_dir):
         runs_dir.mkdir(parents=True, exist_ok=True)
-        if name is not None:
-            return _made(runs_dir, name)
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", default).strip("-._")[:80] or "run"
-        for number in range(1, 100_000):
-            with contextlib.suppress(FileExistsError):
-                run = Run(runs_dir / (stem if number == 1 else f"{stem}-{number}"))
+        while True:
+            run = Run(runs_dir / free_name(runs_dir, name, default))
+            with contextlib.suppress(FileExistsError):  # another process was quicker
                 run.path.mkdir()
                 return run
-    raise RunError(f"{runs_dir} holds too many runs named {stem}-<number>: give a name.")
+
+
+def free_name(runs_dir: Path, name: str | None, default: str) -> str:
+    """A name that no run of a folder has yet; see `create_run`.
+
+    Raises:
+        RunError: the name has a path or odd characters in it, or is in use.
+    """
+    if name is None:
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", default).strip("-._")[:80] or "run"
+        for number in range(1, 100_000):
+            candidate = stem if number == 1 else f"{stem}-{number}"
+            if not os.path.lexists(runs_dir / candidate):
+                return candidate
+        raise RunError(f"{runs_dir} holds too many runs named {stem}-<number>: give a name.")
+    check_name(name)
+    if os.path.lexists(runs_dir / name):
+        raise RunError(
+            f"the run name {name!r} is in use ({runs_dir / name}). Choose another, or go on with "
+            f"it: --resume {name}."
+        )
+    return name
+
+
+def check_name(name: str) -> None:
+    """Refuses what cannot be a run's name.
+
+    Raises:
+        RunError: it has a path or odd characters in it, or is no text at all.
+    """
+    if not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise RunError(
+            f"{name!r} cannot be a run's name: use letters, digits, '.', '_' and '-' (at most "
+            "100, no path). "
+            "--runs-dir says where runs lie."
+        )
 
 
 def open_run(name: str | Path, runs_dir: Path) -> Run:
@@ -251,7 +283,7 @@ def device_lease(device_id: str) -> Iterator[None]:
     )
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(_locked(path, patience=1.0))
+            stack.enter_context(file_lock(path, patience=1.0))
         except BlockingIOError:
             raise RunError(
                 f"another training already uses this GPU ({device_id}; lock {path}). Two would "
@@ -286,44 +318,12 @@ def telling_disk_errors(place: Path) -> Iterator[None]:
     )
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl file that is being appended to; nothing where it is not there yet."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    rows = []
-    for line in data[: data.rfind(b"\n") + 1].splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # the disk lost power while this was written
-            break
-    return rows
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a file in one step.
 
-
-def now() -> float:
-    """Seconds since 1970, for heartbeats."""
-    return round(time.time(), 3)
-
-
-def _made(runs_dir: Path, name: str) -> Run:
-    if not _NAME.fullmatch(name):
-        raise RunError(
-            f"{name!r} cannot be a run's name: use letters, digits, '.', '_' and '-' (at most "
-            "100, no path). "
-            "--runs-dir says where runs lie."
-        )
-    try:
-        (runs_dir / name).mkdir()
-    except FileExistsError:
-        raise RunError(
-            f"the run name {name!r} is in use ({runs_dir / name}). Choose another, or go on with "
-            f"it: --resume {name}."
-        ) from None
-    return Run(runs_dir / name)
-
-
-def _replace_text(path: Path, text: str) -> None:
+    Raises:
+        RunError: the disk is full, fails, is read-only or not this user's.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with telling_disk_errors(path):
         with part.open("w", encoding="utf-8") as file:
@@ -334,8 +334,8 @@ def _replace_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, *, probe: bool = False, patience: float = 0.0) -> Iterator[None]:
-    """A lock on a file, or BlockingIOError.
+def file_lock(path: Path, *, probe: bool = False, patience: float = 0.0) -> Iterator[int]:
+    """A lock on a file, as the descriptor that holds it; BlockingIOError where another has it.
 
     Args:
         path: made where it is missing, unless this is a probe; another user's will do.
@@ -354,9 +354,29 @@ def _locked(path: Path, *, probe: bool = False, patience: float = 0.0) -> Iterat
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.02)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl file that is being appended to; nothing where it is not there yet."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in data[: data.rfind(b"\n") + 1].splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the disk lost power while this was written
+            break
+    return rows
+
+
+def now() -> float:
+    """Seconds since 1970, for heartbeats."""
+    return round(time.time(), 3)
 
 
 def _open_lock(path: Path, *, create: bool) -> int:

@@ -52,10 +52,10 @@ def cached_scores(
     """
     chosen, rejected = check_pairs(chosen, rejected)
     path = cache_path(chosen, rejected, ef, options)
-    scores = _read(path, len(chosen))
+    scores = read_scores(path, len(chosen))
     if scores is None:
         scores = score_pairs(chosen, rejected, ef, progress=progress, **options)
-        _write(path, scores)
+        write_scores(path, scores)
     elif progress is not None:
         progress(len(chosen), len(chosen))
     return scores
@@ -96,8 +96,8 @@ def _model_files(model: str) -> list[object]:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-def _read(path: Path, num_pairs: int) -> NDArray[np.float64] | None:
-    """The scores (N,) kept at `path`, or None if they have to be computed."""
+def read_scores(path: Path, num_pairs: int) -> NDArray[np.float64] | None:
+    """The scores (N,) kept at `path`, a `cache_path`; None if they have to be computed."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -111,7 +111,8 @@ def _read(path: Path, num_pairs: int) -> NDArray[np.float64] | None:
     return scores
 
 
-def _write(path: Path, scores: NDArray[np.float64]) -> None:
+def write_scores(path: Path, scores: NDArray[np.float64]) -> None:
+    """Keeps the scores (N,) at `path`; where that fails it costs a warning, never the scores."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_whole(path, _pack(scores))

@@ -1,0 +1,97 @@
+// The live view: fills every .live element from its own event stream (/live, see app/live.py).
+//
+// The stream is the browser's own EventSource: it costs the server nothing while nothing changes,
+// and it connects again by itself after the server was restarted or the laptop was closed.
+(() => {
+  const streams = new Map(); // element -> {url, source}
+
+  function fill(part, html) {
+    const scrolled = part.querySelector("pre");
+    const atEnd = !scrolled || scrolled.scrollTop + scrolled.clientHeight >= scrolled.scrollHeight - 8;
+    const top = scrolled ? scrolled.scrollTop : 0;
+    part.innerHTML = html; // made and escaped by the server
+    const fresh = part.querySelector("pre");
+    if (fresh) fresh.scrollTop = atEnd ? fresh.scrollHeight : top;
+  }
+
+  function receive(element, event) {
+    const parts = JSON.parse(event.data);
+    for (const [name, html] of Object.entries(parts)) {
+      const part = element.querySelector(`[data-part="${name}"]`);
+      if (part) fill(part, html);
+    }
+    const state = element.querySelector("[data-run-state]");
+    if (state) document.body.dataset.runState = state.dataset.runState;
+    element.dataset.updated = String(Date.now());
+  }
+
+  function connect(element) {
+    const url = element.dataset.stream;
+    const known = streams.get(element);
+    if (known && known.url === url) return;
+    if (known) known.source.close();
+    const source = new EventSource(url);
+    source.onmessage = (event) => receive(element, event);
+    source.onopen = () => element.classList.remove("lost");
+    source.onerror = () => {
+      element.classList.add("lost");
+      // A refused stream is not tried again by the browser: a server that is starting refuses.
+      if (source.readyState === EventSource.CLOSED) {
+        streams.delete(element);
+        setTimeout(look, 2000);
+      }
+    };
+    streams.set(element, { url, source });
+  }
+
+  function look() {
+    for (const [element, stream] of streams) {
+      if (!element.isConnected) {
+        stream.source.close();
+        streams.delete(element);
+      }
+    }
+    document.querySelectorAll(".live[data-stream]").forEach(connect);
+  }
+
+  let waiting = false;
+  new MutationObserver(() => {
+    if (waiting) return;
+    waiting = true;
+    requestAnimationFrame(() => {
+      waiting = false;
+      look();
+    });
+  }).observe(document.documentElement, { childList: true, subtree: true, attributeFilter: ["data-stream"] });
+
+  // A browser keeps few connections to one address: a page that nobody looks at gives its own back.
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) {
+      for (const stream of streams.values()) stream.source.close();
+      streams.clear();
+    } else {
+      look();
+    }
+  });
+
+  // Without https the browser has no clipboard for us: a text area that is selected does it too.
+  async function copy(text) {
+    if (navigator.clipboard && window.isSecureContext) return navigator.clipboard.writeText(text);
+    const area = document.createElement("textarea");
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+
+  document.addEventListener("click", (event) => {
+    const copies = event.target.closest("[data-copy]");
+    if (copies) {
+      copy(copies.parentElement.querySelector(".said").textContent).then(() => {
+        copies.textContent = "copied";
+        setTimeout(() => (copies.textContent = "copy"), 1500);
+      });
+    }
+  });
+})();

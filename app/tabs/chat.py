@@ -1,0 +1,142 @@
+"""Chat: one voice, base and tuned side by side, or blind with a vote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from app import talks, views
+from app.notices import calm
+from app.services import Services
+from app.talks import Settings, Talk
+
+_WELCOME = views.side_by_side(
+    [views.conversation("", [], "Choose who answers, and ask something.")]
+)
+
+
+def build(services: Services, tab: gr.Tab) -> None:
+    """The tab's layout and wiring."""
+    talk = gr.State(Talk())
+    with gr.Row():
+        voice = gr.Dropdown(
+            choices=services.voice_choices(),
+            value=services.default_voice(),
+            label="who answers",
+            info="A run that has saved an adapter, or a base model.",
+            scale=3,
+        )
+        mode = gr.Radio(
+            list(talks.MODES),
+            value=talks.ONE,
+            label="mode",
+            info="Side by side: base and tuned, same seed. Blind: you vote before you know.",
+            scale=3,
+        )
+    screen = gr.HTML(_WELCOME, js_on_load=None)
+    with gr.Group(visible=False) as voting, gr.Row():
+        left = gr.Button("Left is better")
+        right = gr.Button("Right is better")
+        tie = gr.Button("Tie")
+        both_bad = gr.Button("Both bad")
+    verdict = gr.HTML("", js_on_load=None)
+    question = gr.Textbox(
+        placeholder="Ask something; Enter sends, Shift+Enter makes a new line.",
+        show_label=False,
+        lines=1,
+        max_lines=12,
+    )
+    with gr.Row():
+        send = gr.Button("Send", variant="primary", min_width=90)
+        stop = gr.Button("Stop", min_width=90)
+        regenerate = gr.Button("Regenerate", min_width=90)
+        clear = gr.Button("New conversation", min_width=90)
+    with gr.Accordion("How answers are drawn", open=False):
+        system = gr.Textbox(label="system prompt", lines=2, info="Read before the conversation.")
+        with gr.Row():
+            temperature = gr.Slider(
+                0, 2, value=0, step=0.05, label="temperature", info="0: the likeliest token always."
+            )
+            top_p = gr.Slider(
+                0.05, 1, value=1, step=0.05, label="top-p", info="Share of probability drawn from."
+            )
+            max_tokens = gr.Number(256, label="max tokens", precision=0, info="Longest answer.")
+            seed = gr.Number(
+                0, label="seed", precision=0, info="Same seed, same draws, both sides."
+            )
+
+    # -- what the inputs do --
+
+    @calm
+    def answer(
+        text: str, known: Talk, who: str, how: str, *drawn: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        for grown in services.answer(known, who, how, text, _settings(*drawn)):
+            yield grown, talks.html(grown), "", gr.update(visible=bool(grown.duel)), ""
+
+    @calm
+    def answer_again(known: Talk, who: str, how: str, *drawn: Any) -> Iterator[tuple[Any, ...]]:
+        shorter, text = talks.again(known)
+        yield from answer(text, shorter, who, how, *drawn)
+
+    def settle(known: Talk) -> tuple[Any, ...]:
+        """After every answer, since one that was stopped could not say so itself."""
+        ended = talks.stopped(known)
+        return (gr.skip(), gr.skip()) if ended is known else (ended, talks.html(ended))
+
+    @calm
+    def decide(known: Talk, choice: str) -> tuple[Any, ...]:
+        decided, told = services.vote(known, choice)
+        return decided, talks.html(decided), gr.update(visible=False), views.subtle(told)
+
+    def forget() -> tuple[Any, ...]:
+        return Talk(), _WELCOME, gr.update(visible=False), ""
+
+    drawn = [system, temperature, top_p, max_tokens, seed]
+    shown = [talk, screen, question, voting, verdict]
+    asked = gr.on(
+        [send.click, question.submit],
+        answer,
+        [question, talk, voice, mode, *drawn],
+        shown,
+        show_progress="hidden",
+        api_name="ask",
+    )
+    repeated = regenerate.click(
+        answer_again,
+        [talk, voice, mode, *drawn],
+        shown,
+        show_progress="hidden",
+        api_name="ask_again",
+    )
+    stop.click(None, cancels=[asked, repeated])
+    for answering in (asked, repeated):
+        answering.then(
+            settle, talk, [talk, screen], show_progress="hidden", api_visibility="private"
+        )
+    for button, choice in ((left, "left"), (right, "right"), (tie, "tie"), (both_bad, "both_bad")):
+        button.click(
+            calm(lambda known, choice=choice: decide(known, choice)),
+            talk,
+            [talk, screen, voting, verdict],
+            show_progress="hidden",
+            api_name=f"vote_{choice}",
+        )
+    # Ended first, then forgotten: `cancels` of one listener would end what is asked meanwhile too.
+    clear.click(None, cancels=[asked, repeated])
+    clear.click(forget, None, [talk, screen, voting, verdict], queue=False, api_name="forget")
+    tab.select(
+        lambda chosen: gr.update(
+            choices=services.voice_choices(), value=chosen or services.default_voice()
+        ),
+        voice,
+        voice,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+
+def _settings(system: Any, temperature: Any, top_p: Any, max_tokens: Any, seed: Any) -> Settings:
+    return Settings(system or "", temperature, top_p, max_tokens, seed)

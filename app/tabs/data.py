@@ -1,0 +1,249 @@
+"""Data: what the pairs are, how far apart their responses are, and which margins follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from app import forms, pair_views, views
+from app.browser import SORTS
+from app.notices import calm
+from app.services import Services
+from app.tabs.train import TrainTab
+from gapo_lite.errors import GapoError
+
+MIRRORED = (
+    "objective.name",
+    "ef.metric",
+    "margin.mapping",
+    "margin.normalization",
+    "margin.gamma",
+    "objective.beta",
+    "margin.ef_floor",
+    "objective.margin_scale",
+)
+"""Settings that stand in this tab too: what is changed here changes in the form, and back."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataTab:
+    """The parts that are wired once the form is there."""
+
+    source: gr.Dropdown
+    split: gr.Textbox
+    load: gr.Button
+    upload: gr.UploadButton
+    facts: gr.HTML
+    mirrored: dict[str, Any]
+    margins: gr.HTML
+    measure: gr.Button
+    count: gr.Button
+    figures: gr.HTML
+    lengths: gr.HTML
+    query: gr.Textbox
+    sort: gr.Dropdown
+    place: gr.Number
+    previous: gr.Button
+    following: gr.Button
+    pair: gr.HTML
+
+
+def build(services: Services) -> DataTab:
+    """The tab's layout."""
+    values = forms.values_of(forms.preset(next(iter(forms.PRESETS))))
+    with gr.Row(equal_height=True):
+        source = gr.Dropdown(
+            services.source_choices(),
+            value=values["data.source"],
+            allow_custom_value=True,
+            label="data",
+            info="The embedded set, a file of the data folder, or a Hub id (owner/name).",
+            scale=5,
+            min_width=260,
+        )
+        split = gr.Textbox(
+            values["data.split"],
+            label="split",
+            info="Of a Hub id.",
+            scale=1,
+            min_width=110,
+            max_lines=1,
+        )
+        with gr.Column(scale=2, min_width=190):
+            load = gr.Button("Load", variant="primary", min_width=90)
+            upload = gr.UploadButton(
+                "Upload a file",
+                file_types=[".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz"],
+                min_width=90,
+            )
+    facts = gr.HTML("", js_on_load=None)
+    mirrored: dict[str, Any] = {}
+    for keys in (MIRRORED[:4], MIRRORED[4:]):
+        with gr.Row():
+            for key in keys:
+                mirrored[key] = _input(key, values[key])
+    margins = gr.HTML("", js_on_load=None)
+    figures = gr.HTML("", js_on_load=None)
+    lengths = gr.HTML("", js_on_load=None)
+    with gr.Row(elem_classes="quiet-row"):
+        measure = gr.Button("Measure BERTScore", size="sm", scale=0, min_width=160)
+        count = gr.Button("Count tokens", size="sm", scale=0, min_width=160)
+    gr.HTML('<h3 class="section">Pairs</h3>', js_on_load=None)
+    with gr.Row(elem_classes="low-row"):
+        query = gr.Textbox(
+            label="search",
+            placeholder="in prompts and responses",
+            scale=4,
+            max_lines=1,
+            min_width=200,
+        )
+        sort = gr.Dropdown(list(SORTS), value="margin down", label="order", scale=2, min_width=130)
+        place = gr.Number(1, label="pair", precision=0, minimum=1, scale=1, min_width=90)
+        previous = gr.Button("◀ previous", scale=0, min_width=130)
+        following = gr.Button("next ▶", scale=0, min_width=130)
+    shown = gr.HTML("", js_on_load=None)
+    return DataTab(
+        source, split, load, upload, facts, mirrored, margins, measure, count, figures, lengths,
+        query, sort, place, previous, following, shown,
+    )  # fmt: skip
+
+
+def _input(key: str, value: Any) -> Component:
+    field = forms.fields()[key]
+    shared: dict[str, Any] = {
+        "label": field.label, "info": field.info, "value": value, "min_width": 130,
+    }  # fmt: skip
+    if field.kind == "choice":
+        return gr.Dropdown(list(field.choices), **shared)
+    return gr.Number(**shared, step=field.step)
+
+
+def connect(
+    services: Services, demo: gr.Blocks, tab: gr.Tab, data: DataTab, trained: TrainTab
+) -> None:
+    """The wiring between this tab and the form, which holds all settings."""
+    keys, inputs = list(trained.inputs), list(trained.inputs.values())
+    form = trained.inputs
+
+    def config_of(given: tuple[Any, ...]) -> Any:
+        return services.data_config(dict(zip(keys, given, strict=True)))
+
+    @calm
+    def open_source(name: str, split: str) -> tuple[Any, ...]:
+        opened = services.open_data(name, split)
+        return (
+            gr.update(choices=services.source_choices(), value=opened.source),
+            opened.source,
+            opened.split,
+            opened.heldout_source,
+            opened.heldout_split,
+        )
+
+    @calm
+    def keep(file: str) -> str:
+        return services.keep_upload(file)
+
+    @calm
+    def examine(*given: Any) -> Iterator[tuple[Any, ...]]:
+        """Counts, then margins and figures as soon as the scores are there, then lengths. What is
+        known already is shown at once."""
+        try:
+            config = config_of(given)
+            facts = pair_views.facts(services.pair_set(config))
+        except GapoError as error:
+            yield views.warnings([str(error)]), "", "", ""
+            return
+        for done, total in services.measure_lexical(config):
+            yield facts, views.subtle(f"comparing pair {done:,} of {total:,} …"), *_skip(2)
+        yield facts, *_drawn(services, config), pair_views.lengths(services, config)
+        if services.counts_tokens_unasked(config):
+            yield from _counting(services, config)
+
+    @calm
+    def measure(*given: Any) -> Iterator[tuple[Any, ...]]:
+        config = config_of(given)
+        yield views.subtle("loading the encoder …"), gr.skip()
+        for done, total in services.measure_bertscore(config):
+            yield views.subtle(f"BERTScore: pair {done:,} of {total:,} …"), gr.skip()
+        yield _drawn(services, config)
+
+    @calm
+    def count(*given: Any) -> Iterator[Any]:
+        for parts in _counting(services, config_of(given)):
+            yield parts[-1]
+
+    def browse(move: int) -> Any:
+        @calm
+        def browsed(query: str, sort: str, place: Any, *given: Any) -> tuple[Any, ...]:
+            number = (place if isinstance(place, int | float) else 1) + move
+            found = services.browse(config_of(given), query, sort, int(number) - 1)
+            return (found.index + 1 if found else 1), pair_views.pair(found, query)
+
+        return browsed
+
+    quiet: dict[str, Any] = {"show_progress": "hidden"}
+    seen = [data.facts, data.margins, data.figures, data.lengths]
+    browsed = [data.query, data.sort, data.place, *inputs]
+    there = [data.place, data.pair]
+    settings = [
+        data.source, form["data.source"], form["data.split"],
+        form["data.heldout_source"], form["data.heldout_split"],
+    ]  # fmt: skip
+
+    opening = gr.on(
+        [data.load.click, data.source.input],
+        open_source, [data.source, data.split], settings, api_name="open_data", **quiet,
+    )  # fmt: skip
+    uploading = data.upload.upload(keep, data.upload, data.source, api_name="upload").success(
+        open_source, [data.source, data.split], settings, api_visibility="private", **quiet
+    )
+    for opened in (opening, uploading):
+        opened.success(
+            examine, inputs, seen, trigger_mode="always_last", api_visibility="private", **quiet
+        ).then(browse(0), browsed, there, api_visibility="private", **quiet)
+    demo.load(examine, inputs, seen, api_name="examine", **quiet).then(
+        browse(0), browsed, there, api_visibility="private", **quiet
+    )
+    about = [key for key in keys if key in MIRRORED or key.startswith(("data.", "ef.", "model."))]
+    gr.on(
+        [form[key].change for key in about] + [tab.select],
+        examine, inputs, seen, trigger_mode="always_last", api_name="margins", **quiet,
+    )  # fmt: skip
+    data.measure.click(
+        measure, inputs, [data.margins, data.figures], api_name="measure_bertscore", **quiet
+    )
+    data.count.click(count, inputs, data.lengths, api_name="count_tokens", **quiet)
+    for trigger, move in (
+        (data.previous.click, -1),
+        (data.following.click, 1),
+        (data.place.submit, 0),
+    ):
+        trigger(browse(move), browsed, there, api_visibility="private", **quiet)
+    gr.on(
+        [data.query.submit, data.query.change, data.sort.input],
+        browse(0), browsed, there, trigger_mode="always_last", api_name="browse", **quiet,
+    )  # fmt: skip
+    form["data.source"].change(None, form["data.source"], data.source, js="(value) => value")
+    for key, mirror in data.mirrored.items():
+        mirror.input(None, mirror, form[key], js="(value) => value")
+        form[key].change(None, form[key], mirror, js="(value) => value")
+
+
+def _skip(number: int) -> tuple[Any, ...]:
+    return (gr.skip(),) * number
+
+
+def _drawn(services: Services, config: Any) -> tuple[str, str]:
+    """What follows from the settings: in words, and as figures."""
+    view = services.gaps(config)
+    return pair_views.margins(view, config), pair_views.figures(view, config)
+
+
+def _counting(services: Services, config: Any) -> Iterator[tuple[Any, ...]]:
+    for done, total in services.measure_lengths(config):
+        yield *_skip(3), views.subtle(f"counting tokens: pair {done:,} of {total:,} …")
+    yield *_skip(3), pair_views.lengths(services, config)

@@ -1,0 +1,186 @@
+"""Runs: all of them in a table, several in one figure, and what can be done with one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from app import forms, views
+from app.notices import calm, say
+from app.services import RUN_COLUMNS, Services
+from app.tabs.downloads import download_button
+from app.tabs.train import AXES, TrainTab
+
+_REFRESH_S = 3
+
+
+def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> None:
+    """The tab's layout and wiring.
+
+    Args:
+        services: what the tab may call.
+        tab: this one.
+        tabs: all of them, to change to Train.
+        trained: the form that a run is copied to, and the view that it is watched in.
+    """
+    rows = gr.Dataframe(
+        services.run_rows(),
+        headers=list(RUN_COLUMNS),
+        interactive=False,
+        show_label=False,
+        wrap=False,
+        max_height=380,
+    )
+    gr.HTML(
+        views.subtle(
+            "Accuracy, reward margin and chosen drift (change of the chosen answers' average "
+            "log-probability since step 0, nats per token) are of held-out pairs. A click on a row "
+            "chooses it."
+        ),
+        js_on_load=None,
+    )
+    with gr.Row(elem_classes="low-row"):
+        chosen = gr.Dropdown(
+            services.run_names(), label="chosen run", value=None, scale=2, min_width=200
+        )
+        watch = gr.Button("Watch", min_width=90)
+        resume = gr.Button("Resume", min_width=90)
+        copy = gr.Button("Copy to a new form", min_width=90)
+        download_button("Download adapter", "adapter", services.adapter_archive, [chosen])
+        merge = gr.Button("Export merged", size="sm", min_width=110)
+    with gr.Row(elem_classes="low-row"):
+        new_name = gr.Textbox(label="new name", max_lines=1, scale=2, min_width=200)
+        rename = gr.Button("Rename", min_width=90)
+        delete = gr.Button("Delete", min_width=90)
+    with gr.Group(visible=False) as asking:
+        question = gr.Markdown()
+        with gr.Row():
+            really = gr.Button("Delete it", variant="stop")
+            never_mind = gr.Button("Keep it")
+    told = gr.HTML("", js_on_load=None)
+    with gr.Row():
+        overlaid = gr.Dropdown(
+            services.run_names(),
+            label="overlay",
+            info="Runs to draw into the same figures, ten at most.",
+            multiselect=True,
+            value=[],
+            scale=3,
+            min_width=220,
+        )
+        smoothing = gr.Slider(0, 0.99, value=0.6, step=0.01, label="smoothing", min_width=130)
+        axis = gr.Radio(list(AXES), value="step", label="axis", min_width=130)
+    drawn = gr.HTML("", js_on_load=None)
+    with gr.Accordion("Difference of two configurations", open=False):
+        with gr.Row():
+            one = gr.Dropdown(services.run_names(), label="one run", value=None)
+            other = gr.Dropdown(services.run_names(), label="another", value=None)
+        difference = gr.HTML("", js_on_load=None)
+    clock = gr.Timer(_REFRESH_S, active=False)
+    seen = gr.State([])
+
+    # -- what the inputs do --
+
+    lists = [chosen, overlaid, one, other]
+    shown = [rows, seen, *lists]
+    quiet: dict[str, Any] = {"show_progress": "hidden"}
+
+    def refresh(known: list[Any], picked: list[str] | None) -> tuple[Any, ...]:
+        found = services.run_rows()
+        if found == known:
+            return (gr.skip(),) * len(shown)
+        names = [row[0] for row in found]
+        kept = [name for name in picked or [] if name in names]
+        choices = gr.update(choices=names)
+        return found, found, choices, gr.update(choices=names, value=kept), choices, choices
+
+    def choose(event: gr.SelectData) -> Any:
+        return gr.update(choices=services.run_names(), value=event.row_value[0])
+
+    @calm
+    def resume_it(name: str) -> None:
+        services.resume(name)
+        say(f"{name} goes on.")
+
+    @calm
+    def copy_it(name: str) -> list[Any]:
+        values = forms.values_of(services.run(name).config())
+        say(f"The settings of {name} are in the form now.")
+        return [gr.update(selected="train"), *(values[key] for key in trained.inputs)]
+
+    @calm
+    def rename_it(name: str, new: str) -> tuple[Any, ...]:
+        services.rename(name, new)
+        say(f"{name} is now {new.strip()}.")
+        return gr.update(choices=services.run_names(), value=new.strip()), "", []
+
+    @calm
+    def ask(name: str) -> tuple[Any, ...]:
+        return gr.update(visible=True), services.lost_by_deleting(name)
+
+    @calm
+    def delete_it(name: str) -> tuple[Any, ...]:
+        services.delete(name)
+        say(f"{name} was deleted.")
+        return gr.update(visible=False), gr.update(choices=services.run_names(), value=None), []
+
+    @calm
+    def merge_it(name: str) -> str:
+        folder = services.export(name, merged=True)
+        return views.subtle(f"The merged model is in {folder} on the server, with a model card.")
+
+    @calm
+    def draw(names: list[str], strength: float, over: Any) -> str:
+        figures = services.overlay(names or [], over, strength)
+        return f'<div class="chart-grid">{figures}</div>' if figures else ""
+
+    @calm
+    def compare(first: str | None, second: str | None) -> str:
+        if not first or not second:
+            return ""
+        found = services.difference(first, second)
+        if not found:
+            return views.subtle("Their settings are the same.")
+        return views.table(("setting", first, second), found)
+
+    gr.on(
+        [tab.select, clock.tick],
+        refresh,
+        [seen, overlaid],
+        shown,
+        api_visibility="private",
+        **quiet,
+    )
+    tabs.change(lambda: gr.Timer(active=False), None, clock, api_visibility="private", **quiet)
+    tab.select(lambda: gr.Timer(active=True), None, clock, api_visibility="private", **quiet)
+    rows.select(choose, None, chosen, api_visibility="private", **quiet)
+    watch.click(
+        lambda name: (gr.update(selected="train"), gr.update(value=name)),
+        chosen,
+        [tabs, trained.watched],
+        api_visibility="private",
+        **quiet,
+    )
+    resume.click(resume_it, chosen, None, api_name="resume_run", **quiet)
+    copy.click(copy_it, chosen, [tabs, *trained.inputs.values()], api_name="copy", **quiet)
+    rename.click(
+        rename_it, [chosen, new_name], [chosen, new_name, seen], api_name="rename", **quiet
+    )
+    delete.click(ask, chosen, [asking, question], api_name="ask_delete", **quiet)
+    really.click(delete_it, chosen, [asking, chosen, seen], api_name="delete", **quiet)
+    never_mind.click(
+        lambda: gr.update(visible=False), None, asking, api_visibility="private", **quiet
+    )
+    merge.click(merge_it, chosen, told, show_progress="minimal", api_name="export_merged")
+    gr.on(
+        [overlaid.change, smoothing.release, axis.input],
+        draw,
+        [overlaid, smoothing, axis],
+        drawn,
+        api_name="overlay",
+        **quiet,
+    )
+    gr.on(
+        [one.input, other.input], compare, [one, other], difference, api_name="difference", **quiet
+    )

@@ -1,0 +1,299 @@
+"""Train: the form on the left, the run as it goes on the right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from app import forms, live, views
+from app.forms import FormField
+from app.live import View
+from app.notices import calm, say
+from app.services import Services, text_file
+from app.tabs.downloads import download_button
+from gapo_lite.config import RunConfig
+from gapo_lite.errors import ConfigError
+
+SECTIONS = {
+    "model": "Model: quantisation, precision, backend",
+    "lora": "LoRA: scale, dropout, layers",
+    "data": "Data: splits, lengths",
+    "ef": "Evaluation factor: stemmer, BERTScore's encoder",
+    "margin": "Margin: floor",
+    "objective": "Objective: scale of the margin",
+    "training": "Training: schedule, memory, evaluation, prompts",
+}
+AXES = ("step", "epoch")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainTab:
+    """What other tabs need of this one: its inputs by key, and the run that it shows."""
+
+    inputs: dict[str, Any]
+    watched: gr.Dropdown
+    preset: gr.Dropdown
+
+
+def build(services: Services, tab: gr.Tab) -> TrainTab:
+    """The tab's layout and wiring."""
+    with gr.Row():
+        with gr.Column(scale=4, min_width=330):
+            form = _Form(services)
+        with gr.Column(scale=7, min_width=330):
+            monitor = _Monitor(services)
+    _wire_form(services, form, monitor)
+    _wire_monitor(services, monitor, tab)
+    return TrainTab(form.inputs, monitor.watched, form.preset)
+
+
+class _Form:
+    """The inputs on the left."""
+
+    def __init__(self, services: Services):
+        first = next(iter(forms.PRESETS))
+        config = forms.preset(first)
+        values = forms.values_of(config)
+        self.inputs: dict[str, Any] = {}
+        self.preset = gr.Dropdown(
+            list(forms.PRESETS),
+            value=first,
+            label="start from",
+            info="Fills the form with a recipe. Everything can be changed afterwards.",
+        )
+        main = [forms.fields()[key] for key in forms.MAIN]
+        for pair in zip(main[::2], main[1::2], strict=True):
+            with gr.Row():
+                for field in pair:
+                    self.inputs[field.key] = _input(services, field, values[field.key])
+            if pair[0].key == "margin.gamma":
+                self.margin = gr.Markdown(services.margin_line(config), elem_classes="remark")
+            if pair[0].key == "training.batch_size":
+                self.batch = gr.Markdown(forms.batch_line(config), elem_classes="remark")
+        with gr.Accordion("All other settings", open=False):
+            for section, fields in forms.folded().items():
+                with gr.Accordion(SECTIONS[section], open=False):
+                    for field in fields:
+                        self.inputs[field.key] = _input(services, field, values[field.key])
+        self.name = gr.Textbox(
+            label="name of the run",
+            placeholder=forms.default_name(config),
+            max_lines=1,
+            info="Empty: named after objective and metric.",
+        )
+        self.start = gr.Button("Start training", variant="primary", size="lg")
+        self.problem = gr.HTML("", js_on_load=None)
+        with gr.Accordion("YAML and command", open=False):
+            self.yaml = gr.Code(
+                config.to_yaml(),
+                language="yaml",
+                label="this form as YAML",
+                interactive=False,
+                max_lines=24,
+            )
+            self.command = gr.Code(
+                forms.command(config, services.runs_dir),
+                language="shell",
+                label="the command that does the same",
+                interactive=False,
+                wrap_lines=True,
+            )
+            with gr.Row():
+                self.load = gr.UploadButton("Load a YAML", file_types=[".yaml", ".yml"], size="sm")
+                download_button(
+                    "Save this YAML", "save_yaml", self._saved, list(self.inputs.values())
+                )
+
+    def _saved(self, *given: Any) -> str:
+        config = forms.config_of(dict(zip(self.inputs, given, strict=True)))
+        return text_file(f"{forms.default_name(config)}.yaml", config.to_yaml())
+
+
+class _Monitor:
+    """The run on the right."""
+
+    def __init__(self, services: Services):
+        with gr.Row():
+            self.watched = gr.Dropdown(
+                services.run_names(), label="run", scale=3, min_width=160, value=None
+            )
+            self.smoothing = gr.Slider(
+                0, 0.99, value=0.0, step=0.01, label="smoothing", scale=2, min_width=130
+            )
+            self.axis = gr.Radio(list(AXES), value="step", label="axis", scale=1, min_width=190)
+        with gr.Row():
+            running, resumable = ["when-running"], ["when-resumable"]
+            self.stop = gr.Button("Stop (saves)", elem_classes=running, min_width=110)
+            self.kill = gr.Button("Stop now, without saving", elem_classes=running, min_width=110)
+            self.resume = gr.Button("Resume", elem_classes=resumable, min_width=110)
+        with gr.Group(visible=False) as self.asking:
+            self.loss = gr.Markdown()
+            with gr.Row():
+                self.really = gr.Button("Stop now and lose that", variant="stop")
+                self.never_mind = gr.Button("Let it go on")
+        self.live = gr.HTML("", js_on_load=None)
+        with gr.Row():
+            pictures = gr.Button("Save all figures as PNG", size="sm", min_width=110)
+            pictures.click(
+                None,
+                js="() => gapoCharts.saveAll(document.querySelector('.live [data-part=figures]'))",
+            )
+            download_button("Save the numbers as CSV", "csv", services.history_csv, [self.watched])
+
+
+def _input(services: Services, field: FormField, value: Any) -> Component:
+    """The component for a setting."""
+    shared: dict[str, Any] = {
+        "label": field.label,
+        "info": field.info,
+        "value": value,
+        "min_width": 150,
+    }
+    offered = {"model.name": services.model_choices, "data.source": services.source_choices}
+    if field.key in offered:
+        return gr.Dropdown(offered[field.key](), allow_custom_value=True, **shared)
+    if field.kind == "choice":
+        return gr.Dropdown(list(field.choices), **shared)
+    if field.kind == "many":
+        return gr.CheckboxGroup(list(field.choices), **shared)
+    if field.kind == "flag":
+        return gr.Checkbox(**shared)
+    if field.kind in ("number", "integer"):
+        return gr.Number(**shared, step=field.step)
+    return gr.Textbox(
+        **shared,
+        lines=3 if field.kind == "lines" else 1,
+        max_lines=10 if field.kind == "lines" else 1,
+        placeholder="one a line" if field.kind == "lines" else None,
+    )
+
+
+# -- what the form does --
+
+
+def _wire_form(services: Services, form: _Form, monitor: _Monitor) -> None:
+    keys, inputs = list(form.inputs), list(form.inputs.values())
+    summary = [form.margin, form.batch, form.yaml, form.command, form.problem, form.name]
+
+    def values(given: tuple[Any, ...]) -> dict[str, Any]:
+        return dict(zip(keys, given, strict=True))
+
+    def summarise(name: Any, *given: Any) -> tuple[Any, ...]:
+        try:
+            return _summary(services, forms.config_of(values(given)), name)
+        except ConfigError as error:
+            nothing = (gr.skip(),) * 4
+            return (*nothing, views.warnings([str(error)]), gr.skip())
+
+    @calm
+    def fill_from_preset(label: str) -> list[Any]:
+        shown = forms.values_of(forms.preset(label))
+        return [shown[key] for key in keys]
+
+    @calm
+    def fill_from_yaml(file: str) -> list[Any]:
+        shown = forms.values_of(services.places.check_config(services.load_yaml(file)))
+        return [shown[key] for key in keys]
+
+    @calm
+    def start(name: Any, *given: Any) -> tuple[Any, ...]:
+        run = services.start(values(given), name)
+        say(f"Started {run}.")
+        return (run, *_watch(services, run, 0.0, "step"))
+
+    gr.on(
+        [component.change for component in inputs] + [form.name.change],
+        summarise,
+        [form.name, *inputs],
+        summary,
+        show_progress="hidden",
+        trigger_mode="always_last",
+        api_name="summarise",
+    )
+    form.preset.input(
+        fill_from_preset, form.preset, inputs, show_progress="hidden", api_name="preset"
+    )
+    form.load.upload(fill_from_yaml, form.load, inputs, api_name="load_yaml")
+    form.start.click(
+        start,
+        [form.name, *inputs],
+        [form.name, monitor.watched, monitor.live],
+        show_progress="minimal",
+        api_name="start",
+    ).success(lambda: "", None, form.name, show_progress="hidden", api_visibility="private")
+
+
+def _summary(services: Services, config: RunConfig, name: Any) -> tuple[Any, ...]:
+    """What stands under and beside the form for usable settings."""
+    name = name.strip() if isinstance(name, str) else ""
+    command = forms.command(config, services.runs_dir, name)
+    return (
+        services.margin_line(config),
+        forms.batch_line(config),
+        config.to_yaml(),
+        command,
+        "",
+        gr.update(placeholder=forms.default_name(config)),
+    )
+
+
+# -- what the monitor does --
+
+
+def _watch(services: Services, run: str, smoothing: float, axis: Any) -> tuple[Any, ...]:
+    """The list of runs with one chosen, and its live view."""
+    view = View(run or "", smoothing, axis).checked()
+    return gr.update(choices=services.run_names(), value=run or None), live.live_html(
+        services, view
+    )
+
+
+def _wire_monitor(services: Services, monitor: _Monitor, tab: gr.Tab) -> None:
+    view = [monitor.watched, monitor.smoothing, monitor.axis]
+
+    @calm
+    def show(run: str | None, smoothing: float, axis: Any) -> tuple[Any, ...]:
+        return _watch(services, run or services.watched(), smoothing, axis)
+
+    @calm
+    def stop(run: str) -> None:
+        services.stop(run)
+        say(f"{run} ends after this step, and saves.")
+
+    @calm
+    def resume(run: str, smoothing: float, axis: Any) -> tuple[Any, ...]:
+        services.resume(run)
+        say(f"{run} goes on.")
+        return _watch(services, run, smoothing, axis)
+
+    @calm
+    def ask(run: str) -> tuple[Any, ...]:
+        return gr.update(visible=True), services.lost_by_killing(run)
+
+    @calm
+    def kill(run: str) -> Any:
+        services.kill(run)
+        say(f"{run} was stopped without saving.")
+        return gr.update(visible=False)
+
+    quiet: dict[str, Any] = {"show_progress": "hidden"}
+    gr.on(
+        [monitor.watched.input, monitor.smoothing.release, monitor.axis.input, tab.select],
+        show,
+        view,
+        [monitor.watched, monitor.live],
+        api_name="watch",
+        **quiet,
+    )
+    monitor.stop.click(stop, monitor.watched, None, api_name="stop", **quiet)
+    monitor.kill.click(
+        ask, monitor.watched, [monitor.asking, monitor.loss], api_name="ask_kill", **quiet
+    )
+    monitor.really.click(kill, monitor.watched, monitor.asking, api_name="kill", **quiet)
+    monitor.never_mind.click(
+        lambda: gr.update(visible=False), None, monitor.asking, api_visibility="private", **quiet
+    )
+    monitor.resume.click(resume, view, [monitor.watched, monitor.live], api_name="resume", **quiet)

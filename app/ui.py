@@ -1,0 +1,31 @@
+"""The page: `build_app(services)` → gr.Blocks. Each tab is a file under tabs/."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from app import views
+from app.services import Services
+from app.tabs import chat, data, runs, train
+
+_WAIT_S = 3600  # uploads and downloads are forgotten after an hour
+
+
+def build_app(services: Services) -> gr.Blocks:
+    """The whole page over a server's services."""
+    with gr.Blocks(
+        title="GaPO-Lite", analytics_enabled=False, delete_cache=(_WAIT_S, _WAIT_S)
+    ) as demo:
+        gr.HTML(views.HEADER, js_on_load=None)
+        with gr.Tabs() as tabs:
+            with gr.Tab("Data", id="data") as data_tab:
+                data_inputs = data.build(services)
+            with gr.Tab("Train", id="train") as train_tab:
+                trained = train.build(services, train_tab)
+            with gr.Tab("Runs", id="runs") as runs_tab:
+                runs.build(services, runs_tab, tabs, trained)
+            with gr.Tab("Chat", id="chat") as chat_tab:
+                chat.build(services, chat_tab)
+        data.connect(services, demo, data_tab, data_inputs, trained)
+    demo.queue(default_concurrency_limit=20)
+    return demo
