@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,7 +20,8 @@ import threading
 import time
 import warnings
 import webbrowser
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +30,8 @@ import typer
 from gapo_lite.errors import ConfigError, GapoError
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
     from app.services import Services
 
 DEFAULT_PORT = 7860
@@ -36,8 +40,13 @@ _LOOK_S = 2.0
 
 def main() -> None:
     """Entry point: reads the options, serves until Ctrl-C or SIGTERM."""
-    _own_environment()
-    typer.run(serve)
+    temporary = _own_environment()
+    page = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    page.command()(serve)
+    try:
+        page()
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # uploads and downloads
 
 
 def serve(
@@ -69,6 +78,7 @@ def serve(
         login = check_login(host, auth)
         for folder in (runs_dir, data_dir):
             _make_folder(folder)
+        _ask_no_proxy_for(host)
         url, end = launch(
             host=host,
             port=port,
@@ -105,11 +115,9 @@ def launch(
     Raises:
         ConfigError: the port is in use.
     """
-    from starlette.middleware import Middleware
     from starlette.routing import Route
 
     from app import theme
-    from app.guard import Guard
     from app.live import live_endpoint
     from app.services import Services
     from app.ui import build_app
@@ -118,13 +126,13 @@ def launch(
     demo = build_app(services)
     try:
         _, url, _ = demo.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
             auth=login,
             auth_message="GaPO-Lite" if login else None,
             max_file_size=max_upload_mb * 1_000_000,
             app_kwargs={
-                "middleware": [Middleware(Guard, host=host, names=names)],
+                "lifespan": _guarding(host, names, max_upload_mb * 1_000_000),
                 "routes": [Route("/live", live_endpoint(services))],
             },
             theme=theme.theme(),
@@ -140,10 +148,10 @@ def launch(
             run_history=False,
             footer_links=[],
         )
-    except OSError as error:
+    except OSError:
         raise ConfigError(
-            f"cannot listen on {host}:{port}: {error}. Is another page open there? Choose another "
-            "port with --port."
+            f"cannot listen on port {port} of {host}: another program does already (another page, "
+            "say), or that is no address of this machine. Choose another one with --port or --host."
         ) from None
 
     if services.has_gpu:
@@ -154,6 +162,22 @@ def launch(
         demo.close(verbose=False)
 
     return url, end
+
+
+def _guarding(
+    host: str, names: list[str], max_upload: int
+) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+    """Puts the guard before everything. As an ordinary middleware it would stand behind Gradio's
+    own, of which one answers other origins by itself."""
+    from app.guard import Guard
+
+    @asynccontextmanager
+    async def guarding(app: Starlette) -> AsyncIterator[None]:
+        assert app.middleware_stack is not None  # built to get here
+        app.middleware_stack = Guard(app.middleware_stack, host, names, max_upload)
+        yield
+
+    return guarding
 
 
 def _give_way(services: Services) -> None:
@@ -178,6 +202,7 @@ def check_login(host: str, auth: str | None) -> tuple[str, str] | None:
             )
         return None
     user, _, password = auth.partition(":")
+    user = user.strip()  # as Gradio does with what is typed
     if not user or not password:
         raise ConfigError("--auth has to be USER:PASSWORD, neither of them empty.")
     return user, password
@@ -197,16 +222,28 @@ def _make_folder(folder: Path) -> None:
         raise ConfigError(f"cannot make the folder {folder}: {error.strerror}.") from None
 
 
-def _own_environment() -> None:
-    """Before gradio is imported: its variables could open the page to others, or report its use."""
+def _own_environment() -> Path:
+    """Before gradio is imported: its variables could open the page to others, or report its use.
+
+    Returns:
+        The folder, this user's alone, for all that is temporary.
+    """
     for variable in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[variable]
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="gapo-lite-page-")  # this user's alone
+    tempfile.tempdir = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="gapo-lite-page-")
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    return Path(tempfile.tempdir)
+
+
+def _ask_no_proxy_for(host: str) -> None:
+    """Gradio asks its own page whether it is up; a proxy would not find it."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    direct = ",".join(filter(None, [known, "localhost,127.0.0.1,::1", host]))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = direct
 
 
 def _wait_for_the_end() -> None:

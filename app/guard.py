@@ -1,30 +1,46 @@
-"""Who may talk to the page: its own address, its own origin, and nothing fetched for strangers.
+"""Who may talk to the page: its own address, its own origin, whoever has logged in, in moderation.
 
-Gradio answers any Host, does not check the Origin of writes, and fetches addresses that a visitor
-names. On a machine where a browser is open, any web site could then train, read and delete through
-that browser. One ASGI middleware in front of everything closes this:
+Gradio answers any Host, does not check the Origin of writes, fetches addresses that a visitor
+names, reads requests of any length, and asks for the login on most of its routes but not on all. On
+a machine where a browser is open, any web site could then train, read and delete through that
+browser. One ASGI middleware in front of everything closes this:
 
-    Host      must be a name of this machine (else a web site could rebind its own to 127.0.0.1)
+    Host      must be a name of this machine (a web site could rebind its own name to 127.0.0.1)
     Origin    where the browser sends one, it must be the page's own
     /file=…   never an address
+    login     where there is one, everything but the login itself asks for it
+    length    no more than an upload may have, and far less where nothing is uploaded
     answers   carry a Content-Security-Policy, so that nothing is loaded from anywhere else
 """
 
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
 import socket
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ANY_ADDRESS = ("0.0.0.0", "::")
+MAX_BODY = 4_000_000
+"""Bytes of a request that uploads nothing; the longest conversation has a tenth of that."""
+UPLOAD = "/gradio_api/upload"
+
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+_AROUND_A_FILE = 100_000  # bytes of a form's boundaries and names
+_HOST = re.compile(r"(?:\[([\da-f:.]+)\]|([\w.-]+))(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
+_PUBLIC = re.compile(  # the login, and what its page is made of
+    r"/(login/?|logout|theme\.css|favicon\.ico|manifest\.json|robots\.txt"
+    r"|(assets|static|svelte)/.*|gradio_api/(startup-events|login_check/?|theme\.css))?"
+)
 _HEADERS = {
     # Gradio's own front end makes functions of its templates, and styles elements in place.
     "content-security-policy": (
@@ -34,9 +50,13 @@ _HEADERS = {
         "frame-src 'none'; object-src 'none'; base-uri 'self'; form-action 'self'; "
         "frame-ancestors 'none'"
     ),
-    "x-content-type-options": "nosniff",
+    "cross-origin-resource-policy": "same-origin",
     "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
 }
+
+logger = logging.getLogger(__name__)
 
 
 class Guard:
@@ -46,13 +66,17 @@ class Guard:
         app: what it stands before.
         host: the address that the server binds.
         names: further names under which the page may be asked for, such as a proxy's.
+        max_upload: bytes of the largest file.
     """
 
-    def __init__(self, app: ASGIApp, host: str, names: Sequence[str] = ()):
+    def __init__(
+        self, app: ASGIApp, host: str, names: Sequence[str] = (), max_upload: int = MAX_BODY
+    ):
         self._app = app
-        self._any_address = host in ANY_ADDRESS
-        own = (socket.gethostname(), socket.getfqdn()) if self._any_address else (host,)
-        self._names = {name.lower().rstrip(".") for name in (*LOOPBACK, *own, *names)}
+        self._any_address = _canonical(host.strip("[]")) in ANY_ADDRESS
+        self._longest_upload = max_upload + _AROUND_A_FILE
+        own = socket.gethostname() if self._any_address else host.strip("[]")
+        self._names = {_canonical(name) for name in (*LOOPBACK, own)} | {*map(_name_of, names)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request, or refuses it with one sentence."""
@@ -60,32 +84,57 @@ class Guard:
             await self._app(scope, receive, send)
             return
         refusal = self._refusal(scope)
+        if refusal and scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        send = _with_headers(send)
         if refusal:
             status, sentence = refusal
+            if status == 413:  # else its sender would hear of a broken connection instead
+                while (await receive()).get("more_body"):
+                    pass
             await PlainTextResponse(f"{sentence}\n", status)(scope, receive, send)
             return
-        await self._app(scope, receive, _with_headers(send))
+        try:
+            await self._app(scope, receive, send)
+        except Exception:  # it has been answered with 500; the connection need not end for it
+            logger.exception("a request failed")
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if not self._is_own(host):
-            return 421, "This page does not go by that name: open it under its own address."
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-            return 403, "Another web site may not use this page."
-        foreign = headers.get("sec-fetch-site") in ("cross-site", "same-site")
-        if foreign and not _is_navigation(scope, headers):
+        if len(headers.getlist("host")) > 1 or not self._is_own(host):
+            return 421, (
+                "This page does not go by that name: open it under its own address, or start it "
+                "with --name."
+            )
+        if _is_foreign(scope, headers, host):
             return 403, "Another web site may not use this page."
         if names_an_address(scope["path"]):
             return 403, "This page fetches nothing from other addresses."
+        if not _PUBLIC.fullmatch(scope["path"]) and not is_logged_in(HTTPConnection(scope)):
+            return 401, "Log in first."
+        if "transfer-encoding" in headers:
+            return 411, "Say how long the request is: send it with a Content-Length."
+        longest = self._longest_upload if scope["path"] == UPLOAD else MAX_BODY
+        if not _is_within(headers.get("content-length", "0"), longest):
+            return 413, f"That is more than the {longest:,} bytes that this page takes at once."
         return None
 
     def _is_own(self, host: str) -> bool:
         name = _name_of(host)
-        if name in self._names:
+        if self._any_address and _is_ip(name):  # a number cannot be rebound
             return True
-        return self._any_address and _is_ip(name)  # a number cannot be rebound
+        return name != "" and name in self._names
+
+
+def is_logged_in(request: HTTPConnection) -> bool:
+    """Whether the page asks for no login, or this browser has one."""
+    app: Any = request.app  # gradio.routes.App
+    if app.auth is None:
+        return True
+    names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
+    return any(request.cookies.get(name) in app.tokens for name in names)
 
 
 def names_an_address(path: str) -> bool:
@@ -94,17 +143,42 @@ def names_an_address(path: str) -> bool:
     return "proxy=" in path or re.search(r"file[=/]+\s*[a-z][a-z0-9+.-]*:", path) is not None
 
 
-def _is_navigation(scope: Scope, headers: Headers) -> bool:
-    """A person who follows a link to here."""
-    return scope.get("method") in _SAFE_METHODS and headers.get("sec-fetch-mode") == "navigate"
+def _is_foreign(scope: Scope, headers: Headers, host: str) -> bool:
+    """Whether another web site sends this; browsers tell, other programs need not."""
+    if any(_origin_host(origin) != host.lower() for origin in headers.getlist("origin")):
+        return True
+    from_elsewhere = headers.get("sec-fetch-site") in ("cross-site", "same-site")
+    return from_elsewhere and not _is_visit(scope, headers)
+
+
+def _is_visit(scope: Scope, headers: Headers) -> bool:
+    """A person who follows a link to the page; it leads to no other route."""
+    return (
+        scope.get("method") in _SAFE_METHODS
+        and scope["path"] == "/"
+        and headers.get("sec-fetch-mode") == "navigate"
+    )
+
+
+def _origin_host(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
+
+
+def _is_within(length: str, most: int) -> bool:
+    return length.isdecimal() and len(length) < 20 and int(length) <= most
 
 
 def _name_of(host: str) -> str:
     """The name or number in a Host header, without its port; "" where it is no such header."""
-    try:
-        return (urlsplit(f"//{host}").hostname or "").rstrip(".")
-    except ValueError:
-        return ""
+    found = _HOST.fullmatch(host)
+    return _canonical(found[1] or found[2]) if found else ""
+
+
+def _canonical(name: str) -> str:
+    return str(ipaddress.ip_address(name)) if _is_ip(name) else name.lower().rstrip(".")
 
 
 def _is_ip(name: str) -> bool:

@@ -25,7 +25,9 @@ import anyio
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
-from app import curves, figures, history, jobs, plots, verdict, views
+from app import curves, figures, history, jobs, verdict, views
+from app.axes import number
+from app.guard import is_logged_in
 from app.notices import as_html
 from app.services import Services
 from gapo_lite.errors import ConfigError, GapoError
@@ -98,7 +100,7 @@ def live_endpoint(services: Services) -> Callable[[Request], Awaitable[Response]
     feed = Feed(services)
 
     async def live(request: Request) -> Response:
-        if not _is_logged_in(request):
+        if not is_logged_in(request):
             return PlainTextResponse("Log in first.\n", 401)
         try:
             view = _view_of(request).checked()
@@ -176,15 +178,6 @@ def _token(services: Services, name: str) -> str:
     """Changes when anything of a run has, but for its clock."""
     report = replace(jobs.report(services.runs_dir, name), heartbeat_age=None)
     return f"{history.version(Run(services.runs_dir / name))} {report}"
-
-
-def _is_logged_in(request: Request) -> bool:
-    """Gradio guards its own routes; this one stands beside them in the same application."""
-    app: Any = request.app
-    if app.auth is None:
-        return True
-    names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
-    return any(request.cookies.get(name) in app.tokens for name in names)
 
 
 def _view_of(request: Request) -> View:
@@ -299,7 +292,7 @@ def _pace(run: Run, active: bool) -> list[str]:
     if now.epoch is not None:
         items.append(f"epoch <b>{now.epoch:.2f}</b>")
     if now.pairs_per_second is not None:
-        items.append(f"<b>{plots.number(now.pairs_per_second)}</b> pairs/s")
+        items.append(f"<b>{number(now.pairs_per_second)}</b> pairs/s")
     if now.tokens_per_second is not None:
         items.append(f"<b>{now.tokens_per_second:,.0f}</b> tokens/s")
     if now.memory_gib is not None:

@@ -19,10 +19,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-BUCKETS = 250
-"""Stretches of a curve that keep their extremes; the plot is some 370 units wide."""
+from app.axes import (
+    BUCKETS,
+    LARGEST,
+    Plane,
+    decimate,
+    drawable,
+    edges_of,
+    floats,
+    number,
+    plane_of,
+    rounded,
+    tick_labels,
+    x_range,
+    y_range_of,
+)
 
-_LARGEST = 1e300  # beyond it differences overflow; counts as not a number
 _LONGEST = 500  # characters of a title or name
 _WHOLE_SIZE, _SMALL_SIZE = (420, 230), (210, 130)
 _MOST_DOTS = 80
@@ -83,8 +95,8 @@ def line_chart(
     thin = [_thinned(one) for one in shown]
     xs = np.concatenate([one.x for one in thin])
     whole = bool((xs == np.rint(xs)).all())
-    y_range = _y_range([values for one in thin for values in (one.y, one.raw)])
-    plane = _plane(_WHOLE_SIZE, _x_range(xs), y_range or (0.0, 1.0), x_whole=whole)
+    y_range = y_range_of([values for one in thin for values in (one.y, one.raw)])
+    plane = plane_of(_WHOLE_SIZE, x_range(xs), y_range or (0.0, 1.0), x_whole=whole)
     if y_range is None:
         plane = replace(plane, y_ticks=())
     body = "".join(
@@ -120,21 +132,21 @@ def histogram(
         small: half the size, for many side by side.
     """
     size = _SMALL_SIZE if small else _WHOLE_SIZE
-    values = _floats(values)
-    values = values[_numbers(values)]
-    marks = [(float(at), label) for at, label in marks if abs(at) <= _LARGEST]
+    values = floats(values)
+    values = values[drawable(values)]
+    marks = [(float(at), label) for at, label in marks if abs(at) <= LARGEST]
     if not len(values):
         empty = "nothing to count yet"
         head = _Head(title, legend=_note(note))
         return _figure(head, _message(empty, size), size, f"{title}: {empty}.")
-    edges = _edges(values, bins, range)
+    edges = edges_of(values, bins, range)
     counts = np.histogram(values, edges)[0]
     outside = len(values) - int(counts.sum())
     note = note or f"{len(values):,} values"
     head = _Head(title, legend=_note(note + (f" · {outside:,} outside" if outside else "")))
     ends = [edges[0], edges[-1], *(at for at, _ in marks)]
     placed = _mark_rows(marks, (min(ends), max(ends)), size)
-    plane = _plane(
+    plane = plane_of(
         size,
         (min(ends), max(ends)),
         (0.0, 1.05 * max(1, int(counts.max()))),
@@ -168,13 +180,13 @@ def bars(
 ) -> str:
     """A figure of grouped bars: for each label one bar of each series. Arguments as in
     `line_chart`."""
-    shown = [replace(one, y=_floats(one.y)) for one in series]
+    shown = [replace(one, y=floats(one.y)) for one in series]
     keys = "".join(_swatch(one.name, one.tone, "bar") for one in shown)
     head = _Head(title, explanation, unit, keys)
-    heights = _y_range([np.zeros(1), *(one.y for one in shown)])
-    if heights is None or not any(_numbers(one.y).any() for one in shown):
+    heights = y_range_of([np.zeros(1), *(one.y for one in shown)])
+    if heights is None or not any(drawable(one.y).any() for one in shown):
         return _figure(head, _message(empty, _WHOLE_SIZE), _WHOLE_SIZE, f"{title}: {empty}.")
-    plane = replace(_plane(_WHOLE_SIZE, (0.0, float(len(labels))), heights), x_ticks=())
+    plane = replace(plane_of(_WHOLE_SIZE, (0.0, float(len(labels))), heights), x_ticks=())
     left, width = np.arange(len(labels)) + 0.14, 0.72 / len(shown)
     body = _axes(plane, x_label) + _labels(plane, labels)
     for at, one in enumerate(shown):
@@ -192,188 +204,17 @@ def bars(
     return _figure(head, body, _WHOLE_SIZE, f"{title}{by}: {names}, {len(labels)} groups.", data)
 
 
-def number(value: float) -> str:
-    """A value for people, with four significant digits: 0.6931, 1,235, 2e-5, −0.5000, 1.
-
-    charts.js has the same rule, for the tooltip.
-    """
-    value = _rounded(value)
-    size = abs(value)
-    if not size <= _LARGEST:
-        return "not a number"
-    if size < 1e6 and value == int(value):
-        return _minus(f"{int(value):,}")
-    if 1e-3 <= size < 1e6:
-        return _minus(f"{value:,.{3 - math.floor(math.log10(size))}f}")
-    return _scientific(value, 3)
-
-
-def ticks(low: float, high: float, about: int, whole: bool = False) -> list[float]:
-    """Multiples of 1, 2 or 5 × 10ⁿ in [low, high], some `about` of them.
-
-    Args:
-        whole: only whole numbers.
-    """
-    rough = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(times * power for times in (1, 2, 5, 10) if times * power >= rough * 0.8)
-    if whole:
-        step = max(step, 1.0)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [at * step for at in np.arange(first, last + 1).tolist()]
-
-
-def tick_labels(values: Sequence[float]) -> list[str]:
-    """Labels for `ticks`, all with the same decimals: 0.5 and 1.0, or 5e-6 and 1e-5."""
-    if len(values) < 2:
-        return [number(value) for value in values]
-    largest = max(abs(value) for value in values)
-    exponent = math.floor(math.log10(values[1] - values[0]) + 1e-9)
-    if not 1e-3 <= largest < 1e6:
-        return [_scientific(value, math.floor(math.log10(largest)) - exponent) for value in values]
-    return [_minus(f"{value:,.{max(0, -exponent)}f}") for value in values]
-
-
-def decimate(y: np.ndarray, buckets: int = BUCKETS) -> np.ndarray:
-    """Indexes of the points to draw: all, or of each bucket the lowest and the highest.
-
-    The ends stay, and the first gap of each bucket does, so that a gap is seen. Equal to::
-
-        width = math.ceil(len(y) / buckets)
-        kept = {0, len(y) - 1}
-        for start in range(0, len(y), width):
-            bucket = range(start, min(start + width, len(y)))
-            numbers = [i for i in bucket if math.isfinite(y[i])]
-            gaps = [i for i in bucket if not math.isfinite(y[i])]
-            kept |= {min(numbers, key=y.__getitem__), max(numbers, key=y.__getitem__)}  # if any
-            kept |= set(gaps[:1])
-        return sorted(kept)
-
-    Args:
-        y: (N,), N ≥ 1.
-
-    Returns:
-        Ascending indexes, all N of them where N ≤ 2 × buckets.
-    """
-    if len(y) <= 2 * buckets:
-        return np.arange(len(y))
-    width = math.ceil(len(y) / buckets)
-    table = np.full((math.ceil(len(y) / width), width), np.nan)
-    table.ravel()[: len(y)] = y
-    gap = ~np.isfinite(table)
-    low = np.where(gap, np.inf, table).argmin(axis=1)
-    high = np.where(gap, -np.inf, table).argmax(axis=1)
-    first_gap = np.where(gap.any(axis=1), gap.argmax(axis=1), low)
-    kept = np.stack([low, high, first_gap]) + width * np.arange(len(table))
-    kept = np.unique(np.append(kept, [0, len(y) - 1]))
-    return kept[kept < len(y)]  # the last bucket's filling counts as a gap
-
-
-# --- geometry -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Plane:
-    """Where data lands in the viewBox: x and y ranges, and the box (left, top, right, bottom)."""
-
-    box: tuple[float, float, float, float]
-    x: tuple[float, float]
-    y: tuple[float, float]
-    x_ticks: tuple[float, ...]
-    y_ticks: tuple[float, ...]
-
-    def across(self, x: Any) -> Any:
-        left, _, right, _ = self.box
-        return left + (x - self.x[0]) / (self.x[1] - self.x[0]) * (right - left)
-
-    def up(self, y: Any) -> Any:
-        _, top, _, bottom = self.box
-        return bottom - (y - self.y[0]) / (self.y[1] - self.y[0]) * (bottom - top)
-
-
-def _plane(
-    size: tuple[int, int],
-    x: tuple[float, float],
-    y: tuple[float, float],
-    *,
-    x_whole: bool = False,
-    y_whole: bool = False,
-    above: int = 0,
-) -> _Plane:
-    """`above`: room for the labels of marks."""
-    width, height = size
-    y_ticks = tuple(ticks(*y, about=max(2, height // 45), whole=y_whole))
-    longest = max((len(label) for label in tick_labels(y_ticks)), default=0)
-    box = (max(width / 12 + 5, 7.4 * longest + 9), 10 + above, width - 10, height - 38)
-    return _Plane(box, x, y, tuple(ticks(*x, about=max(2, width // 75), whole=x_whole)), y_ticks)
-
-
-def _x_range(x: np.ndarray) -> tuple[float, float]:
-    """From the first to the last, or from 0 where that is near, so that axes seldom move."""
-    low, high = float(x.min()), float(x.max())
-    if 0 < low <= 0.1 * high:
-        low = 0.0
-    if high - low > 1e-9 * max(abs(low), abs(high)):
-        return low, high
-    return (min(0.0, 2 * low), max(0.0, 2 * low)) if low else (0.0, 1.0)
-
-
-def _y_range(parts: Sequence[np.ndarray | None]) -> tuple[float, float] | None:
-    """The range of all numbers with some air; it starts at 0 where that is near."""
-    ends = [float(end) for part in parts for end in _ends(part)]
-    if not ends:
-        return None
-    low, high = min(ends), max(ends)
-    size = max(abs(low), abs(high))
-    if high - low <= 1e-6 * size or size < 1e-300:
-        air = 0.1 * size if size >= 1e-300 else 1.0
-        return low - air, high + air
-    air = 0.05 * (high - low)
-    bottom = 0.0 if 0 <= low <= 0.3 * high else low - air
-    top = 0.0 if 0 >= high >= 0.3 * low else high + air
-    return bottom, top
-
-
-def _ends(part: np.ndarray | None) -> tuple[float, ...]:
-    if part is None:
-        return ()
-    part = part[_numbers(part)]
-    return (part.min(), part.max()) if len(part) else ()
-
-
-def _edges(values: np.ndarray, bins: int, range: tuple[float, float] | None) -> np.ndarray:
-    """Edges of the bins. Whole numbers get bins of whole width, else a comb would appear."""
-    low, high = range or (float(values.min()), float(values.max()))
-    if range is None and (values == np.rint(values)).all() and high - low < 1e9:
-        width = math.ceil((high - low + 1) / bins)
-        return (
-            np.arange(low, high + width + 1, width)[: math.ceil((high - low + 1) / width) + 1] - 0.5
-        )
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        low, high = low - (0.1 * abs(low) or 0.5), high + (0.1 * abs(high) or 0.5)
-    return np.linspace(low, high, bins + 1)
-
-
 # --- data -----------------------------------------------------------------------------------------
-
-
-def _floats(values: Any) -> np.ndarray:
-    return np.asarray(values, dtype=np.float64)
-
-
-def _numbers(values: np.ndarray) -> np.ndarray:
-    """(N,) bool: which ones can be drawn."""
-    return np.abs(values) <= _LARGEST
 
 
 def _cleaned(series: Series) -> Series:
     """As float64, without points that have no x; what can't be drawn is NaN."""
-    x = _floats(series.x)
-    known = _numbers(x)
+    x = floats(series.x)
+    known = drawable(x)
 
     def cleaned(values: np.ndarray) -> np.ndarray:
-        values = _floats(values)[known]
-        return np.where(_numbers(values), values, np.nan)
+        values = floats(values)[known]
+        return np.where(drawable(values), values, np.nan)
 
     raw = None if series.raw is None else cleaned(series.raw)
     return replace(series, x=x[known], y=cleaned(series.y), raw=raw)
@@ -390,15 +231,10 @@ def _thinned(series: Series) -> Series:
     return replace(series, x=series.x[kept], y=series.y[kept], raw=series.raw[kept])
 
 
-def _rounded(value: float) -> float:
-    """With the digits that `number` shows: four, or all of those before the point."""
-    return float(f"{value:.0f}" if 1e4 <= abs(value) < 1e6 else f"{value:.4g}")
-
-
 def _short(values: np.ndarray) -> list[float | None]:
     """Values for the tooltip; what isn't a number is None, a whole one goes without ".0"."""
-    rounded = (_rounded(value) for value in values.tolist())
-    return [None if one != one else int(one) if one.is_integer() else one for one in rounded]
+    shown = (rounded(value) for value in values.tolist())
+    return [None if one != one else int(one) if one.is_integer() else one for one in shown]
 
 
 def _exact(values: np.ndarray) -> list[float]:
@@ -407,7 +243,7 @@ def _exact(values: np.ndarray) -> list[float]:
     return [int(one) if one.is_integer() else one for one in rounded]
 
 
-def _scales(kind: str, plane: _Plane, x_label: str, unit: str = "") -> dict[str, Any]:
+def _scales(kind: str, plane: Plane, x_label: str, unit: str = "") -> dict[str, Any]:
     """What all kinds of figures tell the tooltip."""
     words = {"kind": kind, "label": _plain(x_label), "unit": _plain(unit)}
     return words | {"box": list(plane.box), "xs": list(plane.x), "ys": list(plane.y)}
@@ -426,7 +262,7 @@ def _points(series: Sequence[Series]) -> list[dict[str, Any]]:
 # --- SVG ------------------------------------------------------------------------------------------
 
 
-def _axes(plane: _Plane, x_label: str) -> str:
+def _axes(plane: Plane, x_label: str) -> str:
     """Grid lines, the zero line, and labels along both axes."""
     left, _, right, bottom = plane.box
     rows = [plane.up(value) for value in plane.y_ticks]
@@ -446,11 +282,11 @@ def _axes(plane: _Plane, x_label: str) -> str:
     return lines + "".join(words)
 
 
-def _under(plane: _Plane, across: float, label: str) -> str:
+def _under(plane: Plane, across: float, label: str) -> str:
     return _words("tick", across, plane.box[3] + 5, label, dy=0.9)
 
 
-def _labels(plane: _Plane, labels: Sequence[str]) -> str:
+def _labels(plane: Plane, labels: Sequence[str]) -> str:
     """Names under groups of bars; every second or third where there is no room for all."""
     longest = max(len(label) for label in labels)
     every = math.ceil(6.8 * (longest + 1) * len(labels) / (plane.box[2] - plane.box[0]))
@@ -469,7 +305,7 @@ def _words(
     )
 
 
-def _curve(series: Series, plane: _Plane) -> str:
+def _curve(series: Series, plane: Plane) -> str:
     """One series: a line, with dots or a faint unsmoothed line behind it where it has them."""
     if series.style == "dashed" and len(series.x) == 1:  # a target of the first step holds for all
         series = replace(series, x=np.array(plane.x), y=np.repeat(series.y, 2), raw=None)
@@ -507,7 +343,7 @@ def _dots(across: np.ndarray, up: np.ndarray) -> str:
     )
 
 
-def _gap_marks(series: Sequence[Series], plane: _Plane, x_label: str) -> str:
+def _gap_marks(series: Sequence[Series], plane: Plane, x_label: str) -> str:
     """Red flags at the top where a value isn't a number; the first one says so in words."""
     _, top, right, _ = plane.box
     at = np.unique(np.concatenate([one.x[_gaps(one)] for one in series]))
@@ -534,10 +370,10 @@ def _gaps(series: Series) -> np.ndarray:
 
 
 def _bar_path(
-    plane: _Plane, low: np.ndarray, high: np.ndarray, heights: np.ndarray, tone: str
+    plane: Plane, low: np.ndarray, high: np.ndarray, heights: np.ndarray, tone: str
 ) -> str:
     """Bars from zero, as one path; those that aren't numbers are left out."""
-    drawn = np.flatnonzero(_numbers(heights) & (heights != 0))
+    drawn = np.flatnonzero(drawable(heights) & (heights != 0))
     left, right = plane.across(low[drawn]), plane.across(high[drawn])
     hair = np.minimum(0.5, 0.1 * (right - left))  # between neighbours
     top = plane.up(heights[drawn])
@@ -572,7 +408,7 @@ def _mark_rows(
     return placed
 
 
-def _mark(plane: _Plane, at: float, label: str, before: bool, row: int) -> str:
+def _mark(plane: Plane, at: float, label: str, before: bool, row: int) -> str:
     x, y = plane.across(at), 13 + 12 * row
     beside = (
         _words("mark", x - 4, y, label, "end")
@@ -661,16 +497,3 @@ def _plain(words: str) -> str:
         one if one.isprintable() or one in _JOINERS else " " if one.isspace() else "\ufffd"
         for one in shown
     )
-
-
-def _scientific(value: float, decimals: int) -> str:
-    """2e-5, not 2.000e-05."""
-    mantissa, exponent = f"{value:.{decimals}e}".split("e")
-    if "." in mantissa:
-        mantissa = mantissa.rstrip("0").rstrip(".")
-    return _minus(f"{mantissa}e{int(exponent)}" if value else "0")
-
-
-def _minus(words: str) -> str:
-    """With real minus signs, except in the exponent."""
-    return "\u2212" + words[1:] if words.startswith("-") else words

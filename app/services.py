@@ -6,6 +6,7 @@ in what is called: `places` for data and models, `jobs` for runs, `forms` for se
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from app import children, curves, figures, forms, gaps, history, jobs, measures, talks, views
 from app.browser import BrowsedPair, browse
@@ -114,7 +117,8 @@ class Services:
         Raises:
             GapoError: it is no data file, or the disk is full.
         """
-        return self.places.keep_upload(path, Path(path).name)
+        file = _uploaded(path)
+        return self.places.keep_upload(file, file.name)
 
     def data_config(self, values: Mapping[str, Any]) -> RunConfig:
         """What a form says of data and margins, whatever else in it is not usable yet.
@@ -201,7 +205,7 @@ class Services:
     def margin_line(self, config: RunConfig) -> str:
         """What γ and β come to: the average target margin, where the data say it."""
         try:
-            view = self.gaps(config)
+            view = self.gaps(self.places.check_config(config))
         except GapoError:
             view = None
         if view is None:
@@ -303,15 +307,21 @@ class Services:
             GapoError: it is too large, not YAML, or names settings, data or models that are not
                 usable here.
         """
-        file = Path(path)
+        file = _uploaded(path)
         if file.suffix.lower() not in (".yaml", ".yml"):
             raise ConfigError(f"{file.name} is no .yaml or .yml file.")
         if file.stat().st_size > MAX_YAML_BYTES:
             raise ConfigError(f"{file.name} is larger than 1 MB, which no configuration is.")
         try:
+            _refuse_aliases(file)
             return load_config(file)
         except ConfigError as error:  # without the server's path of the upload
             raise ConfigError(str(error).replace(str(file), file.name)) from None
+        except (ValueError, RecursionError):  # a date or a number that is none, or [[[[[…
+            raise ConfigError(
+                f"{file.name} holds a value that cannot be read, or sections within sections "
+                "without end. Save one from this page to see how it should look."
+            ) from None
 
     # -- runs --
 
@@ -487,6 +497,21 @@ def text_file(name: str, text: str) -> str:
     path = Path(tempfile.mkdtemp(prefix="gapo-lite-")) / name
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def _uploaded(path: Any) -> Path:
+    """Where Gradio, which has checked it, has put an upload."""
+    if not isinstance(path, str) or not path:
+        raise ConfigError("no file was sent: choose one, then upload it again.")
+    return Path(path)
+
+
+def _refuse_aliases(file: Path) -> None:
+    """A few lines of YAML that repeat each other by name can stand for more than fits in memory."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    with contextlib.suppress(yaml.YAMLError):  # load_config says what is wrong
+        if "*" in text and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ConfigError(f"{file.name} repeats a part by its name (*name): write it out.")
 
 
 def gpu_is_here() -> bool:

@@ -203,8 +203,9 @@ def _answered(voices: Voices, talk: Talk, place: int, settings: Settings) -> Ite
     with closing(voices.ask(request)) as events:
         for event in events:
             text += event.text if event.kind == "piece" else ""
-            answer = _with_turn(asked, "assistant", text) if text else asked
             done = event.kind in ("done", "error")
+            lost = not text or (event.kind == "error" and talk.mode == BLIND)  # half is no answer
+            answer = asked if lost else _with_turn(asked, "assistant", text)
             column = replace(answer, remark=_remark(event, column.remark), done=done)
             columns = (*talk.columns[:place], column, *talk.columns[place + 1 :])
             talk = replace(talk, columns=columns, step=event.step or talk.step)

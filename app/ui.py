@@ -5,6 +5,7 @@ from __future__ import annotations
 import gradio as gr
 
 from app import views
+from app.notices import CalmBlocks
 from app.services import Services
 from app.tabs import chat, data, runs, train
 
@@ -13,7 +14,7 @@ _WAIT_S = 3600  # uploads and downloads are forgotten after an hour
 
 def build_app(services: Services) -> gr.Blocks:
     """The whole page over a server's services."""
-    with gr.Blocks(
+    with CalmBlocks(
         title="GaPO-Lite", analytics_enabled=False, delete_cache=(_WAIT_S, _WAIT_S)
     ) as demo:
         gr.HTML(views.HEADER, js_on_load=None)

@@ -47,7 +47,6 @@ LENGTHS_VERSION = 1
 BERTSCORES = ("bertscore_p", "bertscore_r", "bertscore_f1")
 """In the order in which `bert_scores` returns them; each costs what all three cost."""
 
-_ROOT = Path(__file__).parents[1]
 _ERRORS = {error.__name__: error for error in (ConfigError, DataError, ModelError, RunError)}
 _SECONDS_A_SIGN = 0.5
 

@@ -23,7 +23,7 @@ def build(services: Services, tab: gr.Tab) -> None:
     with gr.Row():
         voice = gr.Dropdown(
             choices=services.voice_choices(),
-            value=services.default_voice(),
+            value=None,  # chosen when the tab is opened: the newest run then
             label="who answers",
             info="A run that has saved an adapter, or a base model.",
             scale=3,

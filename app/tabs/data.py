@@ -149,19 +149,33 @@ def connect(
 
     @calm
     def examine(*given: Any) -> Iterator[tuple[Any, ...]]:
-        """Counts, then margins and figures as soon as the scores are there, then lengths. What is
-        known already is shown at once."""
+        """Counts, then margins and figures as soon as the scores are there, and lengths where they
+        are known. What of it cannot be made is said in its place."""
         try:
             config = config_of(given)
             facts = pair_views.facts(services.pair_set(config))
         except GapoError as error:
             yield views.warnings([str(error)]), "", "", ""
             return
-        for done, total in services.measure_lexical(config):
-            yield facts, views.subtle(f"comparing pair {done:,} of {total:,} …"), *_skip(2)
-        yield facts, *_drawn(services, config), pair_views.lengths(services, config)
-        if services.counts_tokens_unasked(config):
-            yield from _counting(services, config)
+        try:
+            for done, total in services.measure_lexical(config):
+                yield facts, views.subtle(f"comparing pair {done:,} of {total:,} …"), *_skip(2)
+            drawn = _drawn(services, config)
+        except GapoError as error:  # too few prompts to hold pairs out, say
+            yield facts, views.warnings([str(error)]), "", ""
+            return
+        yield facts, *drawn, pair_views.lengths(services, config)
+
+    @calm
+    def count_few(*given: Any) -> Iterator[Any]:
+        """Lengths of a set that is small, without being asked to."""
+        try:
+            config = config_of(given)
+            if services.counts_tokens_unasked(config):
+                yield from _counting(services, config)
+            yield pair_views.lengths(services, config)
+        except GapoError:  # said elsewhere already
+            yield gr.skip()
 
     @calm
     def measure(*given: Any) -> Iterator[tuple[Any, ...]]:
@@ -172,15 +186,17 @@ def connect(
         yield _drawn(services, config)
 
     @calm
-    def count(*given: Any) -> Iterator[Any]:
-        for parts in _counting(services, config_of(given)):
-            yield parts[-1]
+    def count(*given: Any) -> Iterator[str]:
+        yield from _counting(services, config_of(given))
 
     def browse(move: int) -> Any:
         @calm
         def browsed(query: str, sort: str, place: Any, *given: Any) -> tuple[Any, ...]:
             number = (place if isinstance(place, int | float) else 1) + move
-            found = services.browse(config_of(given), query, sort, int(number) - 1)
+            try:
+                found = services.browse(config_of(given), query, sort, int(number) - 1)
+            except GapoError as error:
+                return 1, views.warnings([str(error)])
             return (found.index + 1 if found else 1), pair_views.pair(found, query)
 
         return browsed
@@ -201,18 +217,26 @@ def connect(
     uploading = data.upload.upload(keep, data.upload, data.source, api_name="upload").success(
         open_source, [data.source, data.split], settings, api_visibility="private", **quiet
     )
-    for opened in (opening, uploading):
-        opened.success(
-            examine, inputs, seen, trigger_mode="always_last", api_visibility="private", **quiet
-        ).then(browse(0), browsed, there, api_visibility="private", **quiet)
-    demo.load(examine, inputs, seen, api_name="examine", **quiet).then(
-        browse(0), browsed, there, api_visibility="private", **quiet
-    )
+    form["data.source"].change(None, form["data.source"], data.source, js="(value) => value")
+    for key, mirror in data.mirrored.items():
+        mirror.input(None, mirror, form[key], js="(value) => value")
+        form[key].change(None, form[key], mirror, js="(value) => value")
     about = [key for key in keys if key in MIRRORED or key.startswith(("data.", "ef.", "model."))]
-    gr.on(
+    last: dict[str, Any] = {"trigger_mode": "always_last", **quiet}
+    examined = [
+        demo.load(examine, inputs, seen, api_name="examine", **quiet),
+        *(opened.success(examine, inputs, seen, api_visibility="private", **last)
+          for opened in (opening, uploading)),
+    ]  # fmt: skip
+    browsing = [
+        done.then(browse(0), browsed, there, api_visibility="private", **quiet) for done in examined
+    ]
+    redrawn = gr.on(
         [form[key].change for key in about] + [tab.select],
-        examine, inputs, seen, trigger_mode="always_last", api_name="margins", **quiet,
+        examine, inputs, seen, api_name="margins", **last,
     )  # fmt: skip
+    for done in (*browsing, redrawn):  # last and apart: nothing has to wait until it has counted
+        done.then(count_few, inputs, data.lengths, api_visibility="private", **last)
     data.measure.click(
         measure, inputs, [data.margins, data.figures], api_name="measure_bertscore", **quiet
     )
@@ -227,10 +251,6 @@ def connect(
         [data.query.submit, data.query.change, data.sort.input],
         browse(0), browsed, there, trigger_mode="always_last", api_name="browse", **quiet,
     )  # fmt: skip
-    form["data.source"].change(None, form["data.source"], data.source, js="(value) => value")
-    for key, mirror in data.mirrored.items():
-        mirror.input(None, mirror, form[key], js="(value) => value")
-        form[key].change(None, form[key], mirror, js="(value) => value")
 
 
 def _skip(number: int) -> tuple[Any, ...]:
@@ -243,7 +263,7 @@ def _drawn(services: Services, config: Any) -> tuple[str, str]:
     return pair_views.margins(view, config), pair_views.figures(view, config)
 
 
-def _counting(services: Services, config: Any) -> Iterator[tuple[Any, ...]]:
+def _counting(services: Services, config: Any) -> Iterator[str]:
     for done, total in services.measure_lengths(config):
-        yield *_skip(3), views.subtle(f"counting tokens: pair {done:,} of {total:,} …")
-    yield *_skip(3), pair_views.lengths(services, config)
+        yield views.subtle(f"counting tokens: pair {done:,} of {total:,} …")
+    yield pair_views.lengths(services, config)

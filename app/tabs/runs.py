@@ -11,6 +11,7 @@ from app.notices import calm, say
 from app.services import RUN_COLUMNS, Services
 from app.tabs.downloads import download_button
 from app.tabs.train import AXES, TrainTab
+from gapo_lite.errors import RunError
 
 _REFRESH_S = 3
 
@@ -86,6 +87,7 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
     shown = [rows, seen, *lists]
     quiet: dict[str, Any] = {"show_progress": "hidden"}
 
+    @calm
     def refresh(known: list[Any], picked: list[str] | None) -> tuple[Any, ...]:
         found = services.run_rows()
         if found == known:
@@ -95,8 +97,13 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
         choices = gr.update(choices=names)
         return found, found, choices, gr.update(choices=names, value=kept), choices, choices
 
+    @calm
     def choose(event: gr.SelectData) -> Any:
-        return gr.update(choices=services.run_names(), value=event.row_value[0])
+        row = event.row_value  # may be anything
+        names = services.run_names()
+        if not isinstance(row, list) or not row or row[0] not in names:
+            raise RunError("that run is not there any more.")
+        return gr.update(choices=names, value=row[0])
 
     @calm
     def resume_it(name: str) -> None:

@@ -530,18 +530,6 @@ def test_the_process_ends_with_the_server(tiny_model):
     assert wait_until(lambda: not is_running(pid), 10)
 
 
-def test_the_process_has_the_servers_environment_without_gradio(monkeypatch):
-    monkeypatch.setenv("GRADIO_SHARE", "true")
-    monkeypatch.setenv("HF_HOME", "/somewhere")
-    environment = worker._environment("lengths")
-    assert "GRADIO_SHARE" not in environment
-    assert environment["HF_HOME"] == "/somewhere"
-    assert environment["CUDA_VISIBLE_DEVICES"] == ""
-    assert worker._environment("scores").get("CUDA_VISIBLE_DEVICES") == os.environ.get(
-        "CUDA_VISIBLE_DEVICES"
-    )
-
-
 def test_the_server_imports_nothing_heavy():
     code = (
         "import sys, app.browser, app.gaps, app.measures, app.pairs, app.places, app.worker\n"

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app import plots
-from app.plots import BarSeries, Series, bars, decimate, histogram, line_chart, number
+from app import axes, plots
+from app.axes import decimate, number
+from app.plots import BarSeries, Series, bars, histogram, line_chart
 
 STATIC = Path(plots.__file__).parent / "static"
 CSS = (STATIC / "charts.css").read_text(encoding="utf-8")
@@ -109,7 +110,7 @@ def test_a_spike_of_one_step_among_5000_is_drawn_and_in_the_tooltip() -> None:
     assert data["series"][0]["x"][data["series"][0]["y"].index(9.75)] == 3211
     assert data["ys"][0] < -3.5
     assert data["ys"][1] > 9.75
-    assert len(data["series"][0]["x"]) <= 2 * plots.BUCKETS + 2
+    assert len(data["series"][0]["x"]) <= 2 * axes.BUCKETS + 2
     left, top, right, bottom = data["box"]
     points = figure.ends("line")
     spike = points[points[:, 1].argmin()]
@@ -300,22 +301,22 @@ def test_numbers_are_written_for_people(value: float, words: str) -> None:
 def test_ticks_are_round_and_share_their_decimals(
     low: float, high: float, about: int, labels: list[str]
 ) -> None:
-    assert plots.tick_labels(plots.ticks(low, high, about)) == labels
+    assert axes.tick_labels(axes.ticks(low, high, about)) == labels
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-12, 2e-5, 0.037, 1, 999, 1e9, 1e299])
 @pytest.mark.parametrize("offset", [-1.0, 0.0, 0.3])
 def test_there_are_three_to_eight_ticks_at_any_scale(scale: float, offset: float) -> None:
     low, high = offset * scale, (offset + 1) * scale
-    found = plots.ticks(low, high, 5)
+    found = axes.ticks(low, high, 5)
     assert 3 <= len(found) <= 8
     assert min(found) >= low - 1e-6 * scale
     assert max(found) <= high + 1e-6 * scale
-    assert len(set(plots.tick_labels(found))) == len(found)
+    assert len(set(axes.tick_labels(found))) == len(found)
 
 
 def test_steps_have_whole_ticks() -> None:
-    assert plots.tick_labels(plots.ticks(0, 2, 5, whole=True)) == ["0", "1", "2"]
+    assert axes.tick_labels(axes.ticks(0, 2, 5, whole=True)) == ["0", "1", "2"]
 
 
 # --- distributions and groups ---------------------------------------------------------------------

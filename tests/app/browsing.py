@@ -1,0 +1,162 @@
+"""What the tests of the page share: visits that forgive nothing, and the page's parts by name.
+
+A visit fails where the page writes an error to the console, opens a dialog, or asks anything of
+another address than its own server's.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from gapo_lite.config import RunConfig, parse_config
+
+expect = pytest.importorskip("playwright.sync_api").expect
+
+SCREENSHOTS = Path(__file__).resolve().parents[1] / "screenshots"  # git ignores it
+PATIENCE_MS = 20_000
+PATIENCE_WITH_PROCESSES_MS = 90_000  # importing torch takes long on a busy machine
+LOST_SERVER = r"net::ERR_(INCOMPLETE_CHUNKED_ENCODING|CONNECTION_(REFUSED|RESET)|EMPTY_RESPONSE)"
+HOSTILE = "<img src=x onerror=\"window.hacked='{}'\"><b class=hostile>bold</b>"
+
+expect.set_options(timeout=PATIENCE_MS)
+
+
+@contextmanager
+def visiting(
+    chromium: Any, server: Any, *, theme: str = "light", width: int = 1280, forgiven: str = "^$"
+) -> Iterator[Any]:
+    """A page in a browser context of its own, opened and ready.
+
+    Args:
+        chromium: the browser.
+        server: see conftest.
+        theme: "light" or "dark".
+        width: of the window, in pixels.
+        forgiven: a pattern of console errors that are meant to come.
+    """
+    context = chromium.new_context(viewport={"width": width, "height": 900})
+    context.set_default_timeout(PATIENCE_MS)
+    page = context.new_page()
+    wrongs: list[str] = []
+    addresses: set[str] = set()
+    page.on("request", lambda request: addresses.add(urlsplit(request.url).netloc))
+    page.on("console", lambda told: wrongs.append(told.text) if told.type == "error" else None)
+    page.on("pageerror", lambda error: wrongs.append(str(error)))
+    page.on("dialog", lambda dialog: (wrongs.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    try:
+        page.goto(f"{server.url}?__theme={theme}")
+        page.get_by_role("tab", name="Train").wait_for()
+        yield page
+        assert not [wrong for wrong in wrongs if not re.search(forgiven, wrong)]
+        assert addresses <= {urlsplit(server.url).netloc, ""}  # "": blob: and data:
+        assert page.evaluate("window.hacked") is None
+        assert not page.locator("img[src='x'], b.hostile").count()
+    except BaseException:
+        shoot(page, "failed")
+        raise
+    finally:
+        context.close()
+
+
+def shoot(page: Any, name: str) -> None:
+    """A picture of the whole page for people to look at."""
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+
+
+def open_tab(page: Any, name: str) -> Any:
+    """The tab's panel, chosen."""
+    page.get_by_role("tab", name=name, exact=True).click()
+    return page.get_by_role("tabpanel").filter(visible=True)
+
+
+def choose(panel: Any, label: str, option: str) -> None:
+    """Picks from a drop-down list."""
+    panel.get_by_label(label, exact=True).click()
+    panel.page.get_by_role("option", name=option, exact=True).click()
+
+
+def choose_file(page: Any, button: str, *files: Any) -> None:
+    """Presses a button that asks for files, and gives them."""
+    with page.expect_file_chooser() as asked:
+        page.get_by_role("button", name=button, exact=True).click()
+    asked.value.set_files(list(files))
+
+
+def enter(panel: Any, label: str, value: object) -> None:
+    """Types into a field and leaves it."""
+    field = panel.get_by_label(label, exact=True)
+    field.fill(str(value))
+    field.press("Tab")
+
+
+def expect_notice(page: Any, words: str | re.Pattern[str]) -> None:
+    """A notice says so; all notices are closed then."""
+    expect(page.get_by_test_id("toast-text").filter(has_text=words).first).to_be_visible()
+    for button in page.get_by_test_id("toast-close").all():
+        button.dispatch_event("click")
+    expect(page.get_by_test_id("toast-body")).to_have_count(0)
+
+
+def expect_state(page: Any, *states: str) -> None:
+    """The run that is shown is in one of these states."""
+    either = re.compile("|".join(states))
+    expect(page.locator("[data-run-state]").last).to_have_attribute(
+        "data-run-state", either, timeout=PATIENCE_WITH_PROCESSES_MS
+    )
+
+
+def curves(panel: Any, figure: str) -> dict[str, tuple[list[float], list[float]]]:
+    """x and y of each curve that a figure draws, by name."""
+    points = json.loads(of_title(panel, figure).get_attribute("data-points") or "{}")
+    return {one["name"]: (one["x"], one["y"]) for one in points.get("series", [])}
+
+
+def of_title(panel: Any, title: str) -> Any:
+    """A figure by its exact title."""
+    named = panel.page.locator(".chart-title", has_text=re.compile(f"^{re.escape(title)}$"))
+    return panel.locator("figure.chart").filter(has=named).first
+
+
+def small_config(server: Any, settings: dict[str, Any], *overrides: str) -> RunConfig:
+    """The tiny model on small pairs below the server's data folder, logging every step."""
+    settings = copy.deepcopy(settings)
+    for key in ("source", "heldout_source"):
+        file = Path(settings["data"][key])
+        kept = server.data_dir / file.name
+        if not kept.exists():
+            kept.write_bytes(file.read_bytes())
+        settings["data"][key] = str(kept)
+    settings["model"]["quantization"] = "none"
+    return parse_config(settings, ["training.logging_steps=1", *overrides])
+
+
+def yaml_file(config: RunConfig) -> dict[str, Any]:
+    """A configuration as a file to choose."""
+    return {"name": "small.yaml", "mimeType": "text/yaml", "buffer": config.to_yaml().encode()}
+
+
+def jsonl_file(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rows as a file to choose."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return {"name": name, "mimeType": "application/jsonl", "buffer": text.encode()}
+
+
+def load_settings(page: Any, config: RunConfig) -> Any:
+    """The Train tab's panel, its form filled from a YAML."""
+    panel = open_tab(page, "Train")
+    if not page.get_by_role("button", name="Load a YAML", exact=True).is_visible():
+        panel.get_by_role("button", name="YAML and command").click()
+    choose_file(page, "Load a YAML", yaml_file(config))
+    expect(panel.get_by_label("model", exact=True)).to_have_value(config.model.name)
+    expect(panel.get_by_label("data", exact=True)).to_have_value(config.data.source)
+    return panel
