@@ -7,6 +7,8 @@ still among them.
 
 from __future__ import annotations
 
+import csv
+import io
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,6 +124,21 @@ def gaps(pair_set: PairSet, metric: str, config: RunConfig) -> GapView | None:
         num_unseen=num_unseen,
         warning=_unseen_warning(metric, num_unseen, len(used.training)),
     )
+
+
+def to_csv(pair_set: PairSet, view: GapView) -> str:
+    """A line for each pair: its row, which part it belongs to, every known EF, gap and margins."""
+    parts = dict.fromkeys(range(len(pair_set)), "")
+    for name, part in view.split.parts().items():
+        parts |= dict.fromkeys(part.tolist(), name)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["row", "part", *view.known, "gap", "margin", "reward_margin"])
+    columns = (*view.known.values(), view.gap, view.margin, view.reward_margin)
+    for index, numbers in enumerate(zip(*columns, strict=True)):
+        cells = ["" if np.isnan(number) else repr(float(number)) for number in numbers]
+        writer.writerow([pair_set.pairs[index].line, parts[index], *cells])
+    return text.getvalue()
 
 
 def _num_unseen(pair_set: PairSet, metric: str, config: RunConfig) -> int:

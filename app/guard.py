@@ -1,14 +1,15 @@
 """Who may talk to the page: its own address, its own origin, whoever has logged in, in moderation.
 
 Gradio answers any Host, does not check the Origin of writes, fetches addresses that a visitor
-names, reads requests of any length, and asks for the login on most of its routes but not on all. On
-a machine where a browser is open, any web site could then train, read and delete through that
-browser. One ASGI middleware in front of everything closes this:
+names, reads requests of any length, asks for the login on most of its routes but not on all, and
+tells all inputs with their choices (names of runs and files) in its login page. On a machine where
+a browser is open, any web site could then train, read and delete through that browser. One ASGI
+middleware in front of everything closes this:
 
     Host      must be a name of this machine (a web site could rebind its own name to 127.0.0.1)
     Origin    where the browser sends one, it must be the page's own
     /file=…   never an address
-    login     where there is one, everything but the login itself asks for it
+    login     where there is one, nothing is told before it, and the page that asks is our own
     length    no more than an upload may have, and far less where nothing is uploaded
     answers   carry a Content-Security-Policy, so that nothing is loaded from anywhere else
 """
@@ -20,12 +21,13 @@ import logging
 import re
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
-from starlette.responses import PlainTextResponse
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -37,10 +39,9 @@ UPLOAD = "/gradio_api/upload"
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _AROUND_A_FILE = 100_000  # bytes of a form's boundaries and names
 _HOST = re.compile(r"(?:\[([\da-f:.]+)\]|([\w.-]+))(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
-_PUBLIC = re.compile(  # the login, and what its page is made of
-    r"/(login/?|logout|theme\.css|favicon\.ico|manifest\.json|robots\.txt"
-    r"|(assets|static|svelte)/.*|gradio_api/(startup-events|login_check/?|theme\.css))?"
-)
+_OPEN = ("/login", "/login/", "/logout", "/favicon.ico", "/gradio_api/startup-events")
+"""What needs no login; the last one is what Gradio asks of itself when it starts."""
+_LOGIN_PAGE = Path(__file__).parent / "static" / "login.html"
 _HEADERS = {
     # Gradio's own front end makes functions of its templates, and styles elements in place.
     "content-security-policy": (
@@ -83,42 +84,43 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(scope)
-        if refusal and scope["type"] == "websocket":
+        instead = self._instead(scope)
+        if instead and scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
         send = _with_headers(send)
-        if refusal:
-            status, sentence = refusal
-            if status == 413:  # else its sender would hear of a broken connection instead
+        if instead:
+            if instead.status_code == 413:  # else its sender would hear of a broken connection
                 while (await receive()).get("more_body"):
                     pass
-            await PlainTextResponse(f"{sentence}\n", status)(scope, receive, send)
+            await instead(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
         except Exception:  # it has been answered with 500; the connection need not end for it
             logger.exception("a request failed")
 
-    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        headers = Headers(scope=scope)
+    def _instead(self, scope: Scope) -> Response | None:
+        """What is answered instead of the page; None where nothing is wrong."""
+        headers, path = Headers(scope=scope), scope["path"]
         host = headers.get("host", "")
         if len(headers.getlist("host")) > 1 or not self._is_own(host):
-            return 421, (
+            return _sentence(
+                421,
                 "This page does not go by that name: open it under its own address, or start it "
-                "with --name."
+                "with --name.",
             )
         if _is_foreign(scope, headers, host):
-            return 403, "Another web site may not use this page."
-        if names_an_address(scope["path"]):
-            return 403, "This page fetches nothing from other addresses."
-        if not _PUBLIC.fullmatch(scope["path"]) and not is_logged_in(HTTPConnection(scope)):
-            return 401, "Log in first."
+            return _sentence(403, "Another web site may not use this page.")
+        if names_an_address(path):
+            return _sentence(403, "This page fetches nothing from other addresses.")
+        if path not in _OPEN and not is_logged_in(HTTPConnection(scope)):
+            return _login_page() if path == "/" else _sentence(401, "Log in first.")
         if "transfer-encoding" in headers:
-            return 411, "Say how long the request is: send it with a Content-Length."
-        longest = self._longest_upload if scope["path"] == UPLOAD else MAX_BODY
+            return _sentence(411, "Say how long the request is: send a Content-Length.")
+        longest = self._longest_upload if path == UPLOAD else MAX_BODY
         if not _is_within(headers.get("content-length", "0"), longest):
-            return 413, f"That is more than the {longest:,} bytes that this page takes at once."
+            return _sentence(413, f"This page takes no more than {longest:,} bytes at once.")
         return None
 
     def _is_own(self, host: str) -> bool:
@@ -141,6 +143,15 @@ def names_an_address(path: str) -> bool:
     """Whether a request's path asks the server to fetch something from elsewhere."""
     path = unquote(unquote(path)).lower()
     return "proxy=" in path or re.search(r"file[=/]+\s*[a-z][a-z0-9+.-]*:", path) is not None
+
+
+def _sentence(status: int, text: str) -> Response:
+    return PlainTextResponse(f"{text}\n", status)
+
+
+def _login_page() -> Response:
+    text = _LOGIN_PAGE.read_text(encoding="utf-8")
+    return HTMLResponse(text, headers={"cache-control": "no-store"})
 
 
 def _is_foreign(scope: Scope, headers: Headers, host: str) -> bool:

@@ -117,7 +117,7 @@ def figures(view: GapView | None, config: RunConfig) -> str:
 def lengths(services: Services, config: RunConfig) -> str:
     """How long the pairs are in the model's tokens, and what the limits cut."""
     try:
-        counted = services.lengths(config)
+        counted = services.data.lengths(config)
     except (
         Exception
     ) as error:  # of a model that is not usable here: the form says so when it counts

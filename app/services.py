@@ -8,49 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from app import children, curves, figures, forms, gaps, history, jobs, measures, talks, views
-from app.browser import BrowsedPair, browse
-from app.gaps import CONSTANT_MARGINS, GapView
-from app.pairs import PairSet, PairSets
+from app import curves, figures, forms, history, jobs, results, talks
+from app.data_services import BASE_MODEL, DataServices, uploaded
+from app.downloads import text_file
+from app.pairs import PairSets
 from app.places import Places
+from app.run_table import run_row
 from app.talks import Settings, Talk
 from app.voices import Voices
 from app.votes import Duels
 from gapo_lite.checkpoints import list_checkpoints
 from gapo_lite.config import RunConfig, differing_settings, load_config
-from gapo_lite.ef import EVALUATION_FACTORS
-from gapo_lite.embedded import EMBEDDED_DATA, EMBEDDED_MODELS
-from gapo_lite.errors import ConfigError, DataError, GapoError, RunError
+from gapo_lite.errors import ConfigError, GapoError, RunError
 from gapo_lite.runs import Run, check_name
 
-BASE_MODEL = "embedded:smollm2-135m-instruct"
-PAPERS_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 EXPORTS = Path("exports")
 MAX_YAML_BYTES = 1_000_000
-FEW_PAIRS = 5000
-"""So many pairs are tokenised in seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedData:
-    """What the form holds for data that were opened; "" for what it leaves empty."""
-
-    source: str
-    split: str
-    heldout_source: str
-    heldout_split: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +40,14 @@ class Services:
 
     Attributes:
         runs_dir: folder of all runs.
-        places: which data and models may be opened.
-        pair_sets: data that were looked at last.
+        data: the data side.
         voices: the chat model's process.
         duels: blind comparisons that wait for a vote.
         has_gpu: whether training and chat would share a GPU.
     """
 
     runs_dir: Path
-    places: Places
-    pair_sets: PairSets
+    data: DataServices
     voices: Voices
     duels: Duels
     has_gpu: bool
@@ -78,8 +57,7 @@ class Services:
         """The services over these folders."""
         return cls(
             runs_dir=runs_dir,
-            places=Places(data_dir, models_dir),
-            pair_sets=PairSets(),
+            data=DataServices(Places(data_dir, models_dir), PairSets()),
             voices=Voices(
                 runs_dir,
                 runs_dir / ".jobs" / "chat.log",
@@ -87,132 +65,6 @@ class Services:
             ),
             duels=Duels(),
             has_gpu=gpu_is_here(),
-        )
-
-    # -- data --
-
-    def source_choices(self) -> list[str]:
-        """Embedded sets, then files of the data folder, newest first."""
-        return [*(name for name in EMBEDDED_DATA if "heldout" not in name), *self.places.files()]
-
-    def model_choices(self) -> list[str]:
-        """The embedded model, the paper's, and local ones of the models folder."""
-        return [BASE_MODEL, PAPERS_MODEL, *self.places.models()]
-
-    def open_data(self, name: str, split: str) -> OpenedData:
-        """Loads what a browser named, and says what the form should hold for it.
-
-        Raises:
-            DataError: it may not be opened, or holds no usable row.
-        """
-        source = self.places.check_source(name.strip() if isinstance(name, str) else name)
-        split = (split.strip() if isinstance(split, str) else "") or "train"
-        self.pair_sets.load(source, split)
-        heldout = f"{source}-heldout"
-        return OpenedData(source, split, heldout if heldout in EMBEDDED_DATA else "", "test")
-
-    def keep_upload(self, path: str) -> str:
-        """Puts an uploaded file below the data folder; returns its name as a source.
-
-        Raises:
-            GapoError: it is no data file, or the disk is full.
-        """
-        file = _uploaded(path)
-        return self.places.keep_upload(file, file.name)
-
-    def data_config(self, values: Mapping[str, Any]) -> RunConfig:
-        """What a form says of data and margins, whatever else in it is not usable yet.
-
-        Raises:
-            GapoError: one of these settings is not usable, or names data or models that are not.
-        """
-        about = ("model", "data", "ef", "margin", "objective")
-        some = {key: value for key, value in values.items() if key.partition(".")[0] in about}
-        return self.places.check_config(forms.config_of(some))
-
-    def pair_set(self, config: RunConfig) -> PairSet:
-        """The pairs of a configuration; those on the Hub must have been opened by someone.
-
-        Raises:
-            DataError: they cannot be read, or would have to be downloaded.
-        """
-        source, split = config.data.source, config.data.split
-        is_here = source in EMBEDDED_DATA or Path(source).exists()
-        if not is_here and not self.pair_sets.is_open(source, split):
-            raise DataError(f"{source} is on the Hub: press Load in the Data tab to look at it.")
-        return self.pair_sets.load(source, split)
-
-    def measure_lexical(self, config: RunConfig) -> Iterator[tuple[int, int]]:
-        """(done, total) while all lexical metrics are measured, which takes one pass.
-
-        Raises:
-            GapoError: the data are not usable.
-        """
-        for name, factor in EVALUATION_FACTORS.items():
-            if factor.family == "lexical":
-                yield from measures.measure_scores(self.pair_set(config), name, config)
-
-    def measure_bertscore(self, config: RunConfig) -> Iterator[tuple[int, int]]:
-        """(done, total) while the configuration's BERTScore is measured, by a process of its own.
-
-        Raises:
-            GapoError: another metric is chosen, or data or encoder are not usable.
-        """
-        metric = config.ef.metric
-        if EVALUATION_FACTORS[metric].family != "semantic":
-            raise ConfigError(
-                f"{metric} is measured already. Choose a BERTScore as EF metric first."
-            )
-        return measures.measure_scores(self.pair_set(config), metric, config)
-
-    def gaps(self, config: RunConfig) -> GapView | None:
-        """Gaps and margins; None while the metric has to be measured.
-
-        Raises:
-            GapoError: data or settings are not usable.
-        """
-        return gaps.gaps(self.pair_set(config), config.ef.metric, config)
-
-    def lengths(self, config: RunConfig) -> Any:
-        """(N, 3) tokens of prompt, chosen and rejected, or None while they are not counted."""
-        return measures.lengths(self.pair_set(config), config.model.name, config.model.revision)
-
-    def measure_lengths(self, config: RunConfig) -> Iterator[tuple[int, int]]:
-        """(done, total) while tokens are counted.
-
-        Raises:
-            GapoError: data or tokenizer are not usable.
-        """
-        return measures.measure_lengths(
-            self.pair_set(config), config.model.name, config.model.revision
-        )
-
-    def counts_tokens_unasked(self, config: RunConfig) -> bool:
-        """Whether counting takes no time or download that somebody should ask for."""
-        small = len(self.pair_set(config)) <= FEW_PAIRS
-        return small and config.model.name in EMBEDDED_MODELS and self.lengths(config) is None
-
-    def browse(self, config: RunConfig, query: str, sort: str, index: int) -> BrowsedPair | None:
-        """One pair of those that hold the query; see browser.browse.
-
-        Raises:
-            GapoError: there is no such order, or the data are not usable.
-        """
-        query = query[:1000] if isinstance(query, str) else ""
-        view = self.gaps(config)
-        return browse(self.pair_set(config), view, query=query, sort=sort, index=index)
-
-    def margin_line(self, config: RunConfig) -> str:
-        """What γ and β come to: the average target margin, where the data say it."""
-        try:
-            view = self.gaps(self.places.check_config(config))
-        except GapoError:
-            view = None
-        if view is None:
-            return "Average target margin: known once the pairs are scored (Data tab)."
-        return (
-            f"Average target margin **{view.mean_reward_margin:.3g} reward units** "
-            f"(SimPO's γ/β: {view.gamma_beta_ratio:.3g})"
         )
 
     # -- train --
@@ -224,7 +76,7 @@ class Services:
             GapoError: a setting, the data, the model or the name is not usable, or another run is
                 being trained.
         """
-        config = self.places.check_config(forms.config_of(values))
+        config = self.data.places.check_config(forms.config_of(values))
         given = name.strip() if isinstance(name, str) else ""
         if given:
             check_name(given)
@@ -307,7 +159,7 @@ class Services:
             GapoError: it is too large, not YAML, or names settings, data or models that are not
                 usable here.
         """
-        file = _uploaded(path)
+        file = uploaded(path)
         if file.suffix.lower() not in (".yaml", ".yml"):
             raise ConfigError(f"{file.name} is no .yaml or .yml file.")
         if file.stat().st_size > MAX_YAML_BYTES:
@@ -339,7 +191,7 @@ class Services:
 
     def run_rows(self) -> list[list[Any]]:
         """A row for each run, newest first: see RUN_COLUMNS."""
-        return [self._run_row(name) for name in self.run_names()]
+        return [run_row(self.runs_dir, name) for name in self.run_names()]
 
     def rename(self, name: str, new: str) -> None:
         """Gives a run another name.
@@ -387,50 +239,40 @@ class Services:
         configs = [history.config_of(self.run(name)) for name in (one, other)]
         return [(key, str(a), str(b)) for key, (a, b) in differing_settings(*configs).items()]
 
-    def export(self, name: str, *, merged: bool) -> Path:
-        """Writes the adapter or the merged model, by the command line in a process of its own.
-
-        Returns:
-            The new folder.
+    def export_merged(self, name: str) -> Path:
+        """Writes the merged model; see results.export_merged.
 
         Raises:
-            RunError: nothing is saved, the folder is there already, or the disk is full.
+            RunError: it cannot be written.
         """
-        self.run(name).trained_adapter()
-        kind = "merged" if merged else "adapter"
-        EXPORTS.mkdir(exist_ok=True)
-        out = EXPORTS / f"{name}-{kind}"
-        if merged and out.exists():
-            raise RunError(f"{out} is there already: rename or remove it first.")
-        if not merged:
-            out = Path(tempfile.mkdtemp(prefix="gapo-lite-export-")) / f"{name}-{kind}"
-        command = [
-            *(sys.executable, "-m", "gapo_lite", "export", name, f"--{kind}"),
-            *("--out", str(out), "--runs-dir", str(self.runs_dir)),
-        ]
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env=children.environment(),
-        )
-        if done.returncode:
-            words = children.cleaned(done.stderr).strip().rpartition("error: ")[2]
-            raise RunError(words[:1000] or "the export ended without a word.")
-        return out
+        return results.export_merged(self.run(name), EXPORTS)
 
     def adapter_archive(self, name: str) -> str:
-        """A .zip of a run's adapter with its model card, for download.
+        """A .zip of a run's adapter for download.
 
         Raises:
             RunError: nothing is saved yet.
         """
-        folder = self.export(name, merged=False)
-        archive = shutil.make_archive(str(folder), "zip", folder.parent, folder.name)
-        shutil.rmtree(folder)
-        return archive
+        return results.adapter_archive(self.run(name))
+
+    def known_comparison(self, name: str) -> dict[str, Any]:
+        """The last comparison of base and tuned that was made of a run; empty without one.
+
+        Raises:
+            RunError: there is no such run.
+        """
+        return self.run(name).read(results.COMPARISON)
+
+    def evaluate(self, name: str) -> dict[str, Any]:
+        """Compares base and tuned on the held-out pairs; see results.evaluate.
+
+        Raises:
+            RunError: it cannot be done, or training has the GPU.
+        """
+        run = self.run(name)
+        if self.has_gpu and (refusal := _why_chat_waits(self.runs_dir)):
+            raise RunError(refusal)
+        return results.evaluate(run)
 
     # -- chat --
 
@@ -473,37 +315,8 @@ class Services:
         if not isinstance(voice, str) or not voice:
             raise ConfigError("nobody was chosen to answer: choose a run or a model.")
         if voice.startswith("base: "):
-            return self.places.check_model(voice.removeprefix("base: ")), False
+            return self.data.places.check_model(voice.removeprefix("base: ")), False
         return self.run(voice).name, True
-
-    def _run_row(self, name: str) -> list[Any]:
-        state = "?"
-        try:
-            state = jobs.report(self.runs_dir, name).state
-            return [name, state, *_results(Run(self.runs_dir / name))]
-        except GapoError as error:
-            return [name, state, str(error).partition(":")[0], *[""] * (len(RUN_COLUMNS) - 3)]
-
-
-RUN_COLUMNS = (
-    *("run", "state", "objective", "EF", "γ", "β", "data"),
-    *("accuracy", "reward margin", "target", "chosen drift", "steps", "time"),
-)
-"""Columns of the table of runs; accuracy, margin and drift are of held-out pairs."""
-
-
-def text_file(name: str, text: str) -> str:
-    """A new file for download, in a folder of its own."""
-    path = Path(tempfile.mkdtemp(prefix="gapo-lite-")) / name
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-def _uploaded(path: Any) -> Path:
-    """Where Gradio, which has checked it, has put an upload."""
-    if not isinstance(path, str) or not path:
-        raise ConfigError("no file was sent: choose one, then upload it again.")
-    return Path(path)
 
 
 def _refuse_aliases(file: Path) -> None:
@@ -531,41 +344,6 @@ def _why_chat_waits(runs_dir: Path) -> str:
         f"the run {name} is being trained on this GPU (step {now.step} of {now.total or '?'}), and "
         "a chat model beside it would take its memory. Chat waits until it has ended or is stopped."
     )
-
-
-def _results(run: Run) -> list[Any]:
-    """The cells of a run after its name and state."""
-    config = history.config_of(run)
-    return [*_settings_cells(config), *_result_cells(run, history.version(run))]
-
-
-def _settings_cells(config: RunConfig) -> list[Any]:
-    is_constant = config.objective.name in CONSTANT_MARGINS
-    return [
-        config.objective.name,
-        "–" if is_constant else config.ef.metric,
-        f"{config.margin.gamma:g}",
-        f"{config.objective.beta:g}",
-        config.data.source.rpartition("/")[2],
-    ]
-
-
-@lru_cache(maxsize=1000)
-def _result_cells(run: Run, version: str) -> list[str]:
-    """What a run's files say; the same while they are the same."""
-    found, status = curves.summary(run), run.read("status.json")
-    return [
-        _number(found.accuracy, "{:.1%}"),
-        _number(found.reward_margin, "{:.2f}"),
-        _number(found.target_reward_margin, "{:.2f}"),
-        _number(found.chosen_drift, "{:+.3f}"),
-        f"{status.get('step', 0)} of {status.get('total', 0)}",
-        "" if found.duration_s is None else views.duration(found.duration_s),
-    ]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
 
 
 def _checkpoints(run: Path) -> list[int]:

@@ -54,15 +54,34 @@
     document.querySelectorAll(".live[data-stream]").forEach(connect);
   }
 
+  // A page that is loaded again (Gradio's does that by itself when its server was restarted) shows
+  // the tab that it showed before.
+  let restored = false;
+
+  function keepTab() {
+    const tabs = [...document.querySelectorAll('[role="tab"]')];
+    const shown = tabs.find((tab) => tab.ariaSelected === "true");
+    if (!shown) return;
+    if (restored) return sessionStorage.setItem("tab", shown.textContent.trim());
+    restored = true;
+    const before = sessionStorage.getItem("tab");
+    if (before !== shown.textContent.trim()) {
+      tabs.find((tab) => tab.textContent.trim() === before)?.click();
+    }
+  }
+
   let waiting = false;
   new MutationObserver(() => {
     if (waiting) return;
     waiting = true;
     requestAnimationFrame(() => {
       waiting = false;
+      keepTab();
       look();
     });
-  }).observe(document.documentElement, { childList: true, subtree: true, attributeFilter: ["data-stream"] });
+  }).observe(document.documentElement, {
+    childList: true, subtree: true, attributeFilter: ["data-stream", "aria-selected"],
+  });
 
   // A browser keeps few connections to one address: a page that nobody looks at gives its own back.
   document.addEventListener("visibilitychange", () => {

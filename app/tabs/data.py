@@ -13,6 +13,7 @@ from app import forms, pair_views, views
 from app.browser import SORTS
 from app.notices import calm
 from app.services import Services
+from app.tabs.downloads import wire_download
 from app.tabs.train import TrainTab
 from gapo_lite.errors import GapoError
 
@@ -42,6 +43,7 @@ class DataTab:
     margins: gr.HTML
     measure: gr.Button
     count: gr.Button
+    save: gr.Button
     figures: gr.HTML
     lengths: gr.HTML
     query: gr.Textbox
@@ -57,7 +59,7 @@ def build(services: Services) -> DataTab:
     values = forms.values_of(forms.preset(next(iter(forms.PRESETS))))
     with gr.Row(equal_height=True):
         source = gr.Dropdown(
-            services.source_choices(),
+            services.data.source_choices(),
             value=values["data.source"],
             allow_custom_value=True,
             label="data",
@@ -92,6 +94,7 @@ def build(services: Services) -> DataTab:
     with gr.Row(elem_classes="quiet-row"):
         measure = gr.Button("Measure BERTScore", size="sm", scale=0, min_width=160)
         count = gr.Button("Count tokens", size="sm", scale=0, min_width=160)
+        save = gr.Button("Save margins as CSV", size="sm", scale=0, min_width=160)
     gr.HTML('<h3 class="section">Pairs</h3>', js_on_load=None)
     with gr.Row(elem_classes="low-row"):
         query = gr.Textbox(
@@ -107,8 +110,8 @@ def build(services: Services) -> DataTab:
         following = gr.Button("next ▶", scale=0, min_width=130)
     shown = gr.HTML("", js_on_load=None)
     return DataTab(
-        source, split, load, upload, facts, mirrored, margins, measure, count, figures, lengths,
-        query, sort, place, previous, following, shown,
+        source, split, load, upload, facts, mirrored, margins, measure, count, save, figures,
+        lengths, query, sort, place, previous, following, shown,
     )  # fmt: skip
 
 
@@ -130,13 +133,13 @@ def connect(
     form = trained.inputs
 
     def config_of(given: tuple[Any, ...]) -> Any:
-        return services.data_config(dict(zip(keys, given, strict=True)))
+        return services.data.data_config(dict(zip(keys, given, strict=True)))
 
     @calm
     def open_source(name: str, split: str) -> tuple[Any, ...]:
-        opened = services.open_data(name, split)
+        opened = services.data.open_data(name, split)
         return (
-            gr.update(choices=services.source_choices(), value=opened.source),
+            gr.update(choices=services.data.source_choices(), value=opened.source),
             opened.source,
             opened.split,
             opened.heldout_source,
@@ -145,7 +148,7 @@ def connect(
 
     @calm
     def keep(file: str) -> str:
-        return services.keep_upload(file)
+        return services.data.keep_upload(file)
 
     @calm
     def examine(*given: Any) -> Iterator[tuple[Any, ...]]:
@@ -153,12 +156,12 @@ def connect(
         are known. What of it cannot be made is said in its place."""
         try:
             config = config_of(given)
-            facts = pair_views.facts(services.pair_set(config))
+            facts = pair_views.facts(services.data.pair_set(config))
         except GapoError as error:
             yield views.warnings([str(error)]), "", "", ""
             return
         try:
-            for done, total in services.measure_lexical(config):
+            for done, total in services.data.measure_lexical(config):
                 yield facts, views.subtle(f"comparing pair {done:,} of {total:,} …"), *_skip(2)
             drawn = _drawn(services, config)
         except GapoError as error:  # too few prompts to hold pairs out, say
@@ -171,7 +174,7 @@ def connect(
         """Lengths of a set that is small, without being asked to."""
         try:
             config = config_of(given)
-            if services.counts_tokens_unasked(config):
+            if services.data.counts_tokens_unasked(config):
                 yield from _counting(services, config)
             yield pair_views.lengths(services, config)
         except GapoError:  # said elsewhere already
@@ -181,7 +184,7 @@ def connect(
     def measure(*given: Any) -> Iterator[tuple[Any, ...]]:
         config = config_of(given)
         yield views.subtle("loading the encoder …"), gr.skip()
-        for done, total in services.measure_bertscore(config):
+        for done, total in services.data.measure_bertscore(config):
             yield views.subtle(f"BERTScore: pair {done:,} of {total:,} …"), gr.skip()
         yield _drawn(services, config)
 
@@ -194,7 +197,7 @@ def connect(
         def browsed(query: str, sort: str, place: Any, *given: Any) -> tuple[Any, ...]:
             number = (place if isinstance(place, int | float) else 1) + move
             try:
-                found = services.browse(config_of(given), query, sort, int(number) - 1)
+                found = services.data.browse(config_of(given), query, sort, int(number) - 1)
             except GapoError as error:
                 return 1, views.warnings([str(error)])
             return (found.index + 1 if found else 1), pair_views.pair(found, query)
@@ -240,6 +243,12 @@ def connect(
     data.measure.click(
         measure, inputs, [data.margins, data.figures], api_name="measure_bertscore", **quiet
     )
+    wire_download(
+        data.save,
+        "margins_csv",
+        lambda *given: services.data.margins_csv(dict(zip(keys, given, strict=True))),
+        inputs,
+    )
     data.count.click(count, inputs, data.lengths, api_name="count_tokens", **quiet)
     for trigger, move in (
         (data.previous.click, -1),
@@ -259,11 +268,11 @@ def _skip(number: int) -> tuple[Any, ...]:
 
 def _drawn(services: Services, config: Any) -> tuple[str, str]:
     """What follows from the settings: in words, and as figures."""
-    view = services.gaps(config)
+    view = services.data.gaps(config)
     return pair_views.margins(view, config), pair_views.figures(view, config)
 
 
 def _counting(services: Services, config: Any) -> Iterator[str]:
-    for done, total in services.measure_lengths(config):
+    for done, total in services.data.measure_lengths(config):
         yield views.subtle(f"counting tokens: pair {done:,} of {total:,} …")
     yield pair_views.lengths(services, config)

@@ -28,6 +28,14 @@ def download_button(
         looks: further arguments of the button.
     """
     button = gr.Button(label, size="sm", min_width=110, **looks)
+    wire_download(button, api_name, make, inputs)
+    return button
+
+
+def wire_download(
+    button: gr.Button, api_name: str, make: Callable[..., str], inputs: Sequence[Component]
+) -> None:
+    """Makes a button of an earlier layout hand out a file; see `download_button`."""
     holder_id = f"download-{api_name}"
     holder = gr.DownloadButton("", elem_id=holder_id, visible="hidden")
     button.click(
@@ -37,4 +45,3 @@ def download_button(
         js=f"() => setTimeout(() => (document.querySelector('#{holder_id} a') ?? "
         f"document.querySelector('#{holder_id}')).click(), 150)",
     )
-    return button

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
-from app import forms, views
+from app import forms, run_views, views
 from app.notices import calm, say
-from app.services import RUN_COLUMNS, Services
+from app.run_table import RUN_COLUMNS
+from app.services import Services
 from app.tabs.downloads import download_button
 from app.tabs.train import AXES, TrainTab
 from gapo_lite.errors import RunError
@@ -50,6 +52,7 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
         copy = gr.Button("Copy to a new form", min_width=90)
         download_button("Download adapter", "adapter", services.adapter_archive, [chosen])
         merge = gr.Button("Export merged", size="sm", min_width=110)
+        evaluate = gr.Button("Compare with base", size="sm", min_width=110)
     with gr.Row(elem_classes="low-row"):
         new_name = gr.Textbox(label="new name", max_lines=1, scale=2, min_width=200)
         rename = gr.Button("Rename", min_width=90)
@@ -60,6 +63,7 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
             really = gr.Button("Delete it", variant="stop")
             never_mind = gr.Button("Keep it")
     told = gr.HTML("", js_on_load=None)
+    compared = gr.HTML("", js_on_load=None)
     with gr.Row():
         overlaid = gr.Dropdown(
             services.run_names(),
@@ -134,8 +138,20 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
 
     @calm
     def merge_it(name: str) -> str:
-        folder = services.export(name, merged=True)
+        folder = services.export_merged(name)
         return views.subtle(f"The merged model is in {folder} on the server, with a model card.")
+
+    @calm
+    def evaluate_it(name: str) -> Iterator[str]:
+        yield views.subtle(
+            f"{name}: base and tuned model score the held-out pairs; on a CPU that takes a while …"
+        )
+        yield run_views.comparison(services.evaluate(name))
+
+    @calm
+    def show_comparison(name: str | None) -> str:
+        found = services.known_comparison(name) if name else {}
+        return run_views.comparison(found) if found else ""
 
     @calm
     def draw(names: list[str], strength: float, over: Any) -> str:
@@ -179,15 +195,24 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
     never_mind.click(
         lambda: gr.update(visible=False), None, asking, api_visibility="private", **quiet
     )
+    evaluate.click(evaluate_it, chosen, compared, api_name="evaluate", **quiet)
+    chosen.change(show_comparison, chosen, compared, api_name="comparison", **quiet)
     merge.click(merge_it, chosen, told, show_progress="minimal", api_name="export_merged")
     gr.on(
         [overlaid.change, smoothing.release, axis.input],
         draw,
         [overlaid, smoothing, axis],
         drawn,
+        trigger_mode="always_last",
         api_name="overlay",
         **quiet,
     )
     gr.on(
-        [one.input, other.input], compare, [one, other], difference, api_name="difference", **quiet
+        [one.input, other.input],
+        compare,
+        [one, other],
+        difference,
+        trigger_mode="always_last",
+        api_name="difference",
+        **quiet,
     )

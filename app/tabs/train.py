@@ -9,10 +9,11 @@ import gradio as gr
 from gradio.components import Component
 
 from app import forms, live, views
+from app.downloads import text_file
 from app.forms import FormField
 from app.live import View
 from app.notices import calm, say
-from app.services import Services, text_file
+from app.services import Services
 from app.tabs.downloads import download_button
 from gapo_lite.config import RunConfig
 from gapo_lite.errors import ConfigError
@@ -70,7 +71,7 @@ class _Form:
                 for field in pair:
                     self.inputs[field.key] = _input(services, field, values[field.key])
             if pair[0].key == "margin.gamma":
-                self.margin = gr.Markdown(services.margin_line(config), elem_classes="remark")
+                self.margin = gr.Markdown(services.data.margin_line(config), elem_classes="remark")
             if pair[0].key == "training.batch_size":
                 self.batch = gr.Markdown(forms.batch_line(config), elem_classes="remark")
         with gr.Accordion("All other settings", open=False):
@@ -152,7 +153,10 @@ def _input(services: Services, field: FormField, value: Any) -> Component:
         "value": value,
         "min_width": 150,
     }
-    offered = {"model.name": services.model_choices, "data.source": services.source_choices}
+    offered = {
+        "model.name": services.data.model_choices,
+        "data.source": services.data.source_choices,
+    }
     if field.key in offered:
         return gr.Dropdown(offered[field.key](), allow_custom_value=True, **shared)
     if field.kind == "choice":
@@ -195,7 +199,7 @@ def _wire_form(services: Services, form: _Form, monitor: _Monitor) -> None:
 
     @calm
     def fill_from_yaml(file: str) -> list[Any]:
-        shown = forms.values_of(services.places.check_config(services.load_yaml(file)))
+        shown = forms.values_of(services.data.places.check_config(services.load_yaml(file)))
         return [shown[key] for key in keys]
 
     @calm
@@ -231,7 +235,7 @@ def _summary(services: Services, config: RunConfig, name: Any) -> tuple[Any, ...
     name = name.strip() if isinstance(name, str) else ""
     command = forms.command(config, services.runs_dir, name)
     return (
-        services.margin_line(config),
+        services.data.margin_line(config),
         forms.batch_line(config),
         config.to_yaml(),
         command,
@@ -285,6 +289,7 @@ def _wire_monitor(services: Services, monitor: _Monitor, tab: gr.Tab) -> None:
         show,
         view,
         [monitor.watched, monitor.live],
+        trigger_mode="always_last",  # else a choice made while another is drawn would be lost
         api_name="watch",
         **quiet,
     )

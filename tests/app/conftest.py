@@ -24,6 +24,8 @@ import pytest
 
 from gapo_lite.runs import read_jsonl
 
+pytest.register_assert_rewrite("browsing")
+
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = ROOT / "tests" / "screenshots"  # git ignores it
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -115,7 +115,6 @@ def test_settings_of_the_margin_redraw_the_figures_at_once_and_stand_in_the_form
         began = page.evaluate("performance.now()")
         enter(panel, "γ (gamma)", gamma)
         expect(fact(panel, "γ")).to_have_text(f"{gamma:g}")
-        print("REDRAW", page.evaluate("window.shownAt") - began)
         assert page.evaluate("window.shownAt") - began < 500 * SLACK
     before = of_title(panel, "Gap: log").inner_html()
     choose(panel, "mapping", "square")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from app import forms, jobs, services
-from app.services import RUN_COLUMNS, Services
+from app.run_table import RUN_COLUMNS
+from app.services import Services
 from app.talks import BLIND, Settings, Talk
 from gapo_lite.config import parse_config
 from gapo_lite.embedded import EMBEDDED_DATA
@@ -56,7 +57,7 @@ def form(**values) -> dict:
 
 
 def test_the_embedded_set_is_opened_with_its_own_heldout_pairs(served):
-    opened = served.open_data("embedded:everyday", "")
+    opened = served.data.open_data("embedded:everyday", "")
     assert opened.heldout_source == "embedded:everyday-heldout"
     assert opened.split == "train"
 
@@ -64,49 +65,61 @@ def test_the_embedded_set_is_opened_with_its_own_heldout_pairs(served):
 def test_an_uploaded_file_stays_in_the_data_folder_and_can_be_opened(served, tmp_path):
     lines = EMBEDDED_DATA["embedded:everyday"].read_text(encoding="utf-8").splitlines()
     (tmp_path / "mine.jsonl").write_text("\n".join([*lines[:40], "{broken"]), encoding="utf-8")
-    source = served.keep_upload(str(tmp_path / "mine.jsonl"))
-    opened = served.open_data(source, "train")
+    source = served.data.keep_upload(str(tmp_path / "mine.jsonl"))
+    opened = served.data.open_data(source, "train")
     assert opened.heldout_source == ""  # held out by data.heldout_fraction
-    config = served.data_config(form(data__source=opened.source, data__heldout_source=""))
-    pair_set = served.pair_set(config)
+    config = served.data.data_config(form(data__source=opened.source, data__heldout_source=""))
+    pair_set = served.data.pair_set(config)
     assert len(pair_set) == 40
     assert [problem.line for problem in pair_set.loaded.problems] == [41]
-    assert any("mine.jsonl" in choice for choice in served.source_choices())
+    assert any("mine.jsonl" in choice for choice in served.data.source_choices())
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x.jsonl", "file:///etc/passwd", "", None, 3])
 def test_data_elsewhere_are_refused(served, name):
     with pytest.raises(DataError):
-        served.open_data(name, "train")
+        served.data.open_data(name, "train")
 
 
 def test_margins_are_shown_whatever_else_in_the_form_is_unusable(served):
     values = form(training__batch_size=7, margin__gamma=0.5)
-    list(served.measure_lexical(served.data_config(values)))
-    view = served.gaps(served.data_config(values))
+    list(served.data.measure_lexical(served.data.data_config(values)))
+    view = served.data.gaps(served.data.data_config(values))
     assert view.mean_reward_margin == pytest.approx(5.0)
     assert set(view.known) == {"jaccard", "rouge1", "rouge2", "rougeL"}
 
 
 def test_the_form_tells_the_average_target_margin(served):
-    config = served.data_config(form(margin__gamma=0.2))
-    list(served.measure_lexical(config))
-    assert served.margin_line(config) == (
+    config = served.data.data_config(form(margin__gamma=0.2))
+    list(served.data.measure_lexical(config))
+    assert served.data.margin_line(config) == (
         "Average target margin **2 reward units** (SimPO's γ/β: 0.2)"
     )
 
 
+def test_every_pairs_numbers_are_saved_as_csv(served):
+    values = form(margin__gamma=0.5)
+    config = served.data.data_config(values)
+    list(served.data.measure_lexical(config))
+    with Path(served.data.margins_csv(values)).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    view = served.data.gaps(config)
+    assert [float(row["reward_margin"]) for row in rows] == view.reward_margin.tolist()
+    assert [float(row["jaccard"]) for row in rows] == view.known["jaccard"].tolist()
+    assert {row["part"] for row in rows} == {"training"}
+
+
 def test_a_lexical_metric_is_never_sent_to_an_encoder(served):
     with pytest.raises(ConfigError, match="measured already"):
-        list(served.measure_bertscore(served.data_config(form())))
+        list(served.data.measure_bertscore(served.data.data_config(form())))
 
 
 def test_a_pair_is_found_by_its_words(served):
-    config = served.data_config(form())
-    list(served.measure_lexical(config))
-    found = served.browse(config, "LIGHT bulb", "margin down", 0)
+    config = served.data.data_config(form())
+    list(served.data.measure_lexical(config))
+    found = served.data.browse(config, "LIGHT bulb", "margin down", 0)
     assert "light bulb" in json.dumps(found.prompt).lower()
-    assert served.browse(config, "no such words anywhere", "file", 0) is None
+    assert served.data.browse(config, "no such words anywhere", "file", 0) is None
 
 
 # -- train --
@@ -253,10 +266,19 @@ def test_the_adapter_is_downloaded_as_what_peft_loads(served, forged):
     assert settings["r"] == 4
 
 
+def test_base_and_tuned_are_compared_and_the_result_is_kept(served, forged):
+    forged("one")
+    assert served.known_comparison("one") == {}
+    found = served.evaluate("one")
+    assert found["num_pairs"] == 6
+    assert found["base"]["loss"] != found["tuned"]["loss"]
+    assert served.known_comparison("one") == found
+
+
 def test_a_run_without_adapter_is_not_exported(served, forged):
     forged("one", adapter=False)
     with pytest.raises(RunError, match="saved no adapter"):
-        served.export("one", merged=True)
+        served.export_merged("one")
 
 
 # -- chat --
@@ -304,7 +326,7 @@ def test_on_one_gpu_chat_waits_for_training_and_says_so(served, forged, monkeypa
     run.write("status.json", {"state": "running", "pid": 1, "step": 12, "total": 60})
     monkeypatch.setattr(services, "gpu_is_here", lambda: True)
     with_gpu = Services.over(
-        runs_dir=served.runs_dir, data_dir=served.places.data_dir, models_dir=Path("models")
+        runs_dir=served.runs_dir, data_dir=served.data.places.data_dir, models_dir=Path("models")
     )
     with run.lock():
         assert jobs.active(served.runs_dir) == "one"
@@ -329,7 +351,7 @@ def test_a_hidden_gpu_is_none(monkeypatch, visible, found, expected):
 
 def test_a_real_run_is_started_stopped_and_found_again(served, tiny_settings, tiny_model):
     values = forms.values_of(parse_config(tiny_settings))
-    source = served.keep_upload(tiny_settings["data"]["source"])
+    source = served.data.keep_upload(tiny_settings["data"]["source"])
     values |= {"data.source": source, "data.heldout_source": "", "model.name": str(tiny_model)}
     name = served.start(values, "real")
     assert (name, served.watched()) == ("real", "real")

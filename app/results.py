@@ -1,0 +1,84 @@
+"""What is made of a run that has saved an adapter: exports, and base against tuned.
+
+Each is the command line's own work, in a process of its own: it needs torch, which the server does
+not load, and memory, which its end gives back.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from app.children import cleaned, environment
+from gapo_lite.errors import RunError
+from gapo_lite.runs import Run
+
+COMPARISON = "comparison.json"
+"""Kept in the run's folder."""
+
+
+def export_merged(run: Run, exports: Path) -> Path:
+    """Writes the merged model with its model card to a new folder below `exports`.
+
+    Raises:
+        RunError: nothing is saved, the folder is there already, or the disk is full.
+    """
+    run.trained_adapter()
+    out = exports / f"{run.name}-merged"
+    if out.exists():
+        raise RunError(f"{out} is there already: rename or remove it first.")
+    exports.mkdir(parents=True, exist_ok=True)
+    _command(run, "export", "--merged", "--out", str(out))
+    return out
+
+
+def adapter_archive(run: Run) -> str:
+    """A .zip of the adapter with its model card, for download.
+
+    Raises:
+        RunError: nothing is saved yet, or the disk is full.
+    """
+    run.trained_adapter()
+    out = Path(tempfile.mkdtemp(prefix="gapo-lite-export-")) / f"{run.name}-adapter"
+    _command(run, "export", "--adapter", "--out", str(out))
+    archive = shutil.make_archive(str(out), "zip", out.parent, out.name)
+    shutil.rmtree(out)
+    return archive
+
+
+def evaluate(run: Run) -> dict[str, Any]:
+    """Scores the held-out pairs with the base model and the tuned one; the result is kept.
+
+    Raises:
+        RunError: nothing is saved or held out, or the model or data are not usable.
+    """
+    run.trained_adapter()
+    with tempfile.TemporaryDirectory(prefix="gapo-lite-") as folder:
+        out = Path(folder) / COMPARISON
+        _command(run, "evaluate", "--json", str(out))
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    run.write(COMPARISON, found)
+    return found
+
+
+def _command(run: Run, command: str, *options: str) -> None:
+    """`gapo-lite COMMAND RUN …`; what it says of a failure is raised."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "gapo_lite", command, run.name),
+            *("--runs-dir", str(run.path.parent), *options),
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=environment(),
+    )
+    if done.returncode:
+        words = cleaned(done.stderr).strip().rpartition("error: ")[2]
+        raise RunError(words[:1000] or f"the process for {command} ended without a word.")

@@ -1,0 +1,64 @@
+"""The table of runs: a row each, which is computed again only when its files have changed."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from app import curves, history, jobs, views
+from app.gaps import CONSTANT_MARGINS
+from gapo_lite.config import RunConfig
+from gapo_lite.errors import GapoError
+from gapo_lite.runs import Run
+
+RUN_COLUMNS = (
+    *("run", "state", "objective", "EF", "γ", "β", "data"),
+    *("accuracy", "reward margin", "target", "chosen drift", "steps", "time"),
+)
+"""Columns of the table of runs; accuracy, margin and drift are of held-out pairs."""
+
+
+def run_row(runs_dir: Path, name: str) -> list[Any]:
+    """A run's cells under RUN_COLUMNS; of one that cannot be read, its name and why."""
+    state = "?"
+    try:
+        state = jobs.report(runs_dir, name).state
+        return [name, state, *_results(Run(runs_dir / name))]
+    except GapoError as error:
+        return [name, state, str(error).partition(":")[0], *[""] * (len(RUN_COLUMNS) - 3)]
+
+
+def _results(run: Run) -> list[Any]:
+    """The cells of a run after its name and state."""
+    config = history.config_of(run)
+    return [*_settings_cells(config), *_result_cells(run, history.version(run))]
+
+
+def _settings_cells(config: RunConfig) -> list[Any]:
+    is_constant = config.objective.name in CONSTANT_MARGINS
+    return [
+        config.objective.name,
+        "–" if is_constant else config.ef.metric,
+        f"{config.margin.gamma:g}",
+        f"{config.objective.beta:g}",
+        config.data.source.rpartition("/")[2],
+    ]
+
+
+@lru_cache(maxsize=1000)
+def _result_cells(run: Run, version: str) -> list[str]:
+    """What a run's files say; the same while they are the same."""
+    found, status = curves.summary(run), run.read("status.json")
+    return [
+        _number(found.accuracy, "{:.1%}"),
+        _number(found.reward_margin, "{:.2f}"),
+        _number(found.target_reward_margin, "{:.2f}"),
+        _number(found.chosen_drift, "{:+.3f}"),
+        f"{status.get('step', 0)} of {status.get('total', 0)}",
+        "" if found.duration_s is None else views.duration(found.duration_s),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
