@@ -44,6 +44,7 @@ def build(services: Services, tab: gr.Tab) -> None:
     verdict = gr.HTML("", js_on_load=None)
     question = gr.Textbox(
         placeholder="Ask something; Enter sends, Shift+Enter makes a new line.",
+        label="question",  # read by a screen reader
         show_label=False,
         lines=1,
         max_lines=12,

@@ -97,9 +97,12 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
         if found == known:
             return (gr.skip(),) * len(shown)
         names = [row[0] for row in found]
-        kept = [name for name in picked or [] if name in names]
+        if names == [row[0] for row in known]:  # a list that somebody has open is left alone
+            return found, found, *(gr.skip(),) * len(lists)
         choices = gr.update(choices=names)
-        return found, found, choices, gr.update(choices=names, value=kept), choices, choices
+        kept = [name for name in picked or [] if name in names]
+        over = choices if kept == (picked or []) else gr.update(choices=names, value=kept)
+        return found, found, choices, over, choices, choices
 
     @calm
     def choose(event: gr.SelectData) -> Any:

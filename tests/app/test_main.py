@@ -29,7 +29,7 @@ from gapo_lite.runs import Run
 
 TOKEN = "hf_abcdefghijklmnop1234"
 USER, PASSWORD = "Zoë", "korrekt:horse 9Zq"
-MAX_START_S = 15.0
+MAX_START_S = 15.0  # both on a machine that has nothing else to do
 MAX_END_S = 6.0
 HOSTILE = {
     "GRADIO_SERVER_NAME": "0.0.0.0",
@@ -163,7 +163,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, fl
 def test_the_page_answers_soon_after_it_was_started(plain):
     _, seconds, _ = plain
     print(f"\nthe page answered {seconds:.1f} s after it was started")
-    assert seconds < MAX_START_S
+    assert seconds < MAX_START_S * crowd()
+
+
+def crowd() -> float:
+    """How many programs share a core of this machine now; at least one."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def test_variables_of_gradio_have_no_effect(plain):
@@ -431,7 +436,7 @@ def test_the_page_ends_at_once_and_leaves_the_training_alone(locked, tiny_settin
         assert locked.process.wait(30) == 0
     seconds = time.monotonic() - asked
     print(f"\nthe page ended {seconds:.1f} s after SIGTERM, with two viewers")
-    assert seconds < MAX_END_S
+    assert seconds < MAX_END_S * crowd()
     assert not temporary.exists()
 
     count = len(locked.metrics("long"))

@@ -283,8 +283,11 @@ def test_a_step_reaches_the_page_within_two_seconds_of_being_logged(
     finally:
         over.set()
         reader.join()
-    late = [at / 1000 - logged[step] for step, at in page.evaluate("window.seen")]
-    assert max(late) < 2
+    seen = page.evaluate("window.seen")
+    due = [step for step in logged if seen[0][0] < step <= seen[-1][0]]
+    shown = {step: min(at for drawn, at in seen if drawn >= step) / 1000 for step in due}
+    assert len(due) >= 5
+    assert max(shown[step] - logged[step] for step in due) < 2
     expect(page.locator(".status-line")).to_contain_text(re.compile(r"to go.*pairs/s.*tokens/s"))
     shoot(page, "train-running")
 
