@@ -139,6 +139,7 @@ def launch(
             css=theme.css(),
             head=theme.head(),
             prevent_thread_lock=True,
+            max_threads=100,
             quiet=True,
             share=False,
             ssr_mode=False,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from app import curves, plots
 from app.curves import Axis, Curve, Figure
 from app.history import History, config_of, read_history
@@ -30,7 +32,10 @@ def of_run(run: Run, history: History, *, axis: Axis, smoothing: float) -> str:
         GapoError: its configuration cannot be read.
     """
     scale = config_of(run).objective.reward_scale
-    return "".join(_one(history, figure, scale, axis, smoothing) for figure in curves.FIGURES)
+    target = curves.summary(run).target_reward_margin
+    return "".join(
+        _one(history, figure, scale, axis, smoothing, target) for figure in curves.FIGURES
+    )
 
 
 def overlay(runs: Sequence[Run], *, axis: Axis, smoothing: float) -> str:
@@ -58,13 +63,22 @@ def overlay(runs: Sequence[Run], *, axis: Axis, smoothing: float) -> str:
     )
 
 
-def _one(history: History, figure: Figure, scale: float, axis: Axis, smoothing: float) -> str:
+def _one(
+    history: History,
+    figure: Figure,
+    scale: float,
+    axis: Axis,
+    smoothing: float,
+    mean_target: float | None,
+) -> str:
     lines, target = curves.figure_curves(
         history, figure, scale=scale, axis=axis, smoothing=smoothing
     )
     series = [part for line in lines for part in _parts(line, len(lines) > 1, smoothing > 0)]
     if target is not None:
-        series.append(Series("target", target.x, target.smoothed, "target", "dashed"))
+        # The mean over all pairs, as the run's record has it: a batch's own mean is noise.
+        level = target.smoothed if mean_target is None else np.full(len(target.x), mean_target)
+        series.append(Series("target", target.x, level, "target", "dashed"))
         if len(target.heldout_y):
             series.append(
                 Series("held-out target", target.heldout_x, target.heldout_y, "target", "dashed")

@@ -1,15 +1,16 @@
 """Who may talk to the page: its own address, its own origin, whoever has logged in, in moderation.
 
 Gradio answers any Host, does not check the Origin of writes, fetches addresses that a visitor
-names, reads requests of any length, asks for the login on most of its routes but not on all, and
-tells all inputs with their choices (names of runs and files) in its login page. On a machine where
-a browser is open, any web site could then train, read and delete through that browser. One ASGI
-middleware in front of everything closes this:
+names, reads requests of any length, lets a password be guessed as fast as it can answer, asks for
+the login on most of its routes but not on all, and tells all inputs with their choices (names of
+runs and files) in its login page. On a machine where a browser is open, any web site could then
+train, read and delete through that browser. One ASGI middleware in front of everything closes this:
 
     Host      must be a name of this machine (a web site could rebind its own name to 127.0.0.1)
     Origin    where the browser sends one, it must be the page's own
     /file=…   never an address
     login     where there is one, nothing is told before it, and the page that asks is our own
+    guesses   at its password: no more than five wrong ones a minute, from all people together
     length    no more than an upload may have, and far less where nothing is uploaded
     answers   carry a Content-Security-Policy, so that nothing is loaded from anywhere else
 """
@@ -20,8 +21,10 @@ import ipaddress
 import logging
 import re
 import socket
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -35,6 +38,10 @@ ANY_ADDRESS = ("0.0.0.0", "::")
 MAX_BODY = 4_000_000
 """Bytes of a request that uploads nothing; the longest conversation has a tenth of that."""
 UPLOAD = "/gradio_api/upload"
+MAX_GUESSES = 5
+"""Logins that may fail within GUESSING_TIME, whoever tries."""
+GUESSING_TIME = 60.0
+"""Seconds."""
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _AROUND_A_FILE = 100_000  # bytes of a form's boundaries and names
@@ -78,6 +85,7 @@ class Guard:
         self._longest_upload = max_upload + _AROUND_A_FILE
         own = socket.gethostname() if self._any_address else host.strip("[]")
         self._names = {_canonical(name) for name in (*LOOPBACK, own)} | {*map(_name_of, names)}
+        self._guesses: deque[float] = deque(maxlen=MAX_GUESSES)  # when; none after a success
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request, or refuses it with one sentence."""
@@ -95,6 +103,10 @@ class Guard:
                     pass
             await instead(scope, receive, send)
             return
+        if _is_guess(scope):
+            # Counted before it is answered: else hundreds, sent at once, would all come through.
+            self._guesses.append(monotonic())
+            send = self._forgetting(send)
         try:
             await self._app(scope, receive, send)
         except Exception:  # it has been answered with 500; the connection need not end for it
@@ -121,7 +133,23 @@ class Guard:
         longest = self._longest_upload if path == UPLOAD else MAX_BODY
         if not _is_within(headers.get("content-length", "0"), longest):
             return _sentence(413, f"This page takes no more than {longest:,} bytes at once.")
+        if _is_guess(scope) and self._are_too_many():
+            return _sentence(429, "Too many logins have failed: wait a minute, then try again.")
         return None
+
+    def _are_too_many(self) -> bool:
+        guesses = self._guesses
+        return len(guesses) == MAX_GUESSES and monotonic() - guesses[0] < GUESSING_TIME
+
+    def _forgetting(self, send: Send) -> Send:
+        """Sends on, and forgets the failed guesses where the answer is a success."""
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] < 400:
+                self._guesses.clear()
+            await send(message)
+
+        return sending
 
     def _is_own(self, host: str) -> bool:
         name = _name_of(host)
@@ -176,6 +204,10 @@ def _origin_host(origin: str) -> str:
         return urlsplit(origin).netloc.lower()
     except ValueError:
         return ""
+
+
+def _is_guess(scope: Scope) -> bool:
+    return scope.get("method") == "POST" and scope["path"].rstrip("/") == "/login"
 
 
 def _is_within(length: str, most: int) -> bool:

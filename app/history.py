@@ -249,7 +249,7 @@ def _telling(path: Path) -> Iterator[None]:
         ) from None
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=5000)
 def _config(path: Path, mark: tuple[int, ...]) -> RunConfig:
     return Run(path).config()
 

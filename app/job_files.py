@@ -47,6 +47,8 @@ def existing(runs_dir: Path, name: str) -> Run:
     Raises:
         RunError: there is no such run, or it is a link.
     """
+    if not name:
+        raise RunError("no run is chosen: choose one first.")
     check_name(name)
     run = Run(runs_dir / name)
     if run.path.is_symlink():

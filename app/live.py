@@ -106,7 +106,7 @@ def live_endpoint(services: Services) -> Callable[[Request], Awaitable[Response]
             view = _view_of(request).checked()
             await anyio.to_thread.run_sync(jobs.report, services.runs_dir, view.run)
         except GapoError as error:
-            return PlainTextResponse(f"{error}\n", 400)
+            return PlainTextResponse(f"{error}\n", 404)
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         return StreamingResponse(
             _events(feed, view, request), media_type="text/event-stream", headers=headers
@@ -160,7 +160,7 @@ async def _events(feed: Feed, view: View, request: Request) -> AsyncIterator[str
         try:
             parts = await anyio.to_thread.run_sync(feed.parts, view)
         except GapoError as error:  # renamed or deleted meanwhile
-            yield _event({"status": views.warnings([str(error)])})
+            yield _event({"status": views.warnings([str(error)]), "gone": ""})
             return
         if parts is not sent:
             fresh = {name: html for name, html in parts.items() if sent.get(name) != html}

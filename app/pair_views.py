@@ -10,7 +10,7 @@ from app import plots, views
 from app.browser import BrowsedPair, diff_html
 from app.gaps import CONSTANT_MARGINS, GapView
 from app.notices import as_html
-from app.pairs import PairSet, overview
+from app.pairs import PairSet, overview, split_of
 from gapo_lite.config import RunConfig
 from gapo_lite.ef import EVALUATION_FACTORS
 from gapo_lite.lengths import cut
@@ -125,6 +125,7 @@ def lengths(services: Services, config: RunConfig) -> str:
     if counted is None:
         return views.subtle("Tokens are not counted yet: press Count tokens.")
     data = config.data
+    counted = counted[split_of(services.data.pair_set(config), config).training]
     whole = counted[:, 0] + np.maximum(counted[:, 1], counted[:, 2])
     cuts = cut(counted, data.max_length, data.max_prompt_length)
     lost = views.facts(

@@ -13,8 +13,8 @@ from gapo_lite.errors import GapoError
 from gapo_lite.runs import Run
 
 RUN_COLUMNS = (
-    *("run", "state", "objective", "EF", "γ", "β", "data"),
-    *("accuracy", "reward margin", "target", "chosen drift", "steps", "time"),
+    *("run", "state", "accuracy", "reward margin", "target", "chosen drift"),
+    *("objective", "EF", "γ", "β", "data", "steps", "time"),
 )
 """Columns of the table of runs; accuracy, margin and drift are of held-out pairs."""
 
@@ -32,7 +32,8 @@ def run_row(runs_dir: Path, name: str) -> list[Any]:
 def _results(run: Run) -> list[Any]:
     """The cells of a run after its name and state."""
     config = history.config_of(run)
-    return [*_settings_cells(config), *_result_cells(run, history.version(run))]
+    results = _result_cells(run, history.version(run))
+    return [*results[:4], *_settings_cells(config), *results[4:]]
 
 
 def _settings_cells(config: RunConfig) -> list[Any]:
@@ -46,7 +47,7 @@ def _settings_cells(config: RunConfig) -> list[Any]:
     ]
 
 
-@lru_cache(maxsize=1000)
+@lru_cache(maxsize=5000)
 def _result_cells(run: Run, version: str) -> list[str]:
     """What a run's files say; the same while they are the same."""
     found, status = curves.summary(run), run.read("status.json")

@@ -61,7 +61,7 @@ class Services:
             voices=Voices(
                 runs_dir,
                 runs_dir / ".jobs" / "chat.log",
-                partial(_why_chat_waits, runs_dir) if gpu_is_here() else str,
+                partial(_why_gpu_is_taken, runs_dir) if gpu_is_here() else str,
             ),
             duels=Duels(),
             has_gpu=gpu_is_here(),
@@ -270,8 +270,9 @@ class Services:
             RunError: it cannot be done, or training has the GPU.
         """
         run = self.run(name)
-        if self.has_gpu and (refusal := _why_chat_waits(self.runs_dir)):
+        if self.has_gpu and (refusal := _why_gpu_is_taken(self.runs_dir)):
             raise RunError(refusal)
+        self.voices.unload("the model has given way to an evaluation")
         return results.evaluate(run)
 
     # -- chat --
@@ -281,10 +282,6 @@ class Services:
         runs = [name for name in self.run_names() if _can_answer(self.runs_dir, name)]
         models = dict.fromkeys([BASE_MODEL, *(_model_of(self.runs_dir, name) for name in runs)])
         return [*runs, *(f"base: {model}" for model in models if model)]
-
-    def default_voice(self) -> str:
-        """The newest run that can answer, else the embedded model."""
-        return self.voice_choices()[0]
 
     def answer(
         self, talk: Talk, voice: str, mode: str, question: str, settings: Settings
@@ -334,7 +331,7 @@ def gpu_is_here() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
-def _why_chat_waits(runs_dir: Path) -> str:
+def _why_gpu_is_taken(runs_dir: Path) -> str:
     """A sentence while a run is being trained, on the one GPU that there is."""
     name = jobs.active(runs_dir)
     if name is None:
@@ -342,7 +339,8 @@ def _why_chat_waits(runs_dir: Path) -> str:
     now = jobs.report(runs_dir, name)
     return (
         f"the run {name} is being trained on this GPU (step {now.step} of {now.total or '?'}), and "
-        "a chat model beside it would take its memory. Chat waits until it has ended or is stopped."
+        "another model beside it would take its memory. This waits until it has ended or is "
+        "stopped."
     )
 
 

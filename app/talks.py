@@ -103,6 +103,8 @@ def reply(
         GapoError: the question or the settings are not usable.
     """
     talk = _settled(talk)
+    if talk.mode == BLIND and talk.revealed:  # who has been told who is who starts anew
+        talk = begin(talk.voice, is_run=talk.is_run, mode=BLIND)
     for column in talk.columns:  # all sides are checked before one speaks
         _request(talk, column, question, settings).check()
     columns = [_with_turn(column, "user", question) for column in talk.columns]
@@ -139,7 +141,7 @@ def again(talk: Talk) -> tuple[Talk, str]:
     """
     if not talk.columns or not talk.columns[0].turns:
         raise ConfigError("nothing has been asked yet, so there is nothing to answer again.")
-    return _unasked(talk), _last_question(talk.columns[0])
+    return replace(_unasked(talk), revealed=talk.revealed), _last_question(talk.columns[0])
 
 
 def vote(duels: Duels, run: Run, talk: Talk, choice: str) -> tuple[Talk, str]:

@@ -17,12 +17,14 @@ def build_app(services: Services) -> gr.Blocks:
     with CalmBlocks(
         title="GaPO-Lite", analytics_enabled=False, delete_cache=(_WAIT_S, _WAIT_S)
     ) as demo:
-        gr.HTML(views.HEADER, js_on_load=None)
+        with gr.Row(elem_classes="page-top"):
+            gr.HTML(views.HEADER, js_on_load=None)
+            start = gr.Button("▶ Start", variant="primary", scale=0, min_width=110)
         with gr.Tabs() as tabs:
             with gr.Tab("Data", id="data") as data_tab:
                 data_inputs = data.build(services)
             with gr.Tab("Train", id="train") as train_tab:
-                trained = train.build(services, train_tab)
+                trained = train.build(services, train_tab, tabs, start)
             with gr.Tab("Runs", id="runs") as runs_tab:
                 runs.build(services, runs_tab, tabs, trained)
             with gr.Tab("Chat", id="chat") as chat_tab:

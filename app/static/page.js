@@ -16,6 +16,7 @@
 
   function receive(element, event) {
     const parts = JSON.parse(event.data);
+    if ("gone" in parts) leave(element); // the run was renamed or deleted
     for (const [name, html] of Object.entries(parts)) {
       const part = element.querySelector(`[data-part="${name}"]`);
       if (part) fill(part, html);
@@ -23,6 +24,25 @@
     const state = element.querySelector("[data-run-state]");
     if (state) document.body.dataset.runState = state.dataset.runState;
     element.dataset.updated = String(Date.now());
+  }
+
+  // Why a stream was refused: who is no longer logged in has to log in, what is gone is left.
+  async function ask(element, url) {
+    const abort = new AbortController();
+    const answer = await fetch(url, { signal: abort.signal }).catch(() => null);
+    if (answer && answer.status === 401) location.reload();
+    else if (answer && answer.status === 404) leave(element, await answer.text());
+    else setTimeout(look, 2000);
+    abort.abort();
+  }
+
+  function leave(element, words) {
+    element.classList.remove("lost");
+    streams.get(element)?.source.close();
+    streams.delete(element);
+    element.removeAttribute("data-stream");
+    const status = element.querySelector('[data-part="status"]');
+    if (words && status) status.textContent = words;
   }
 
   function connect(element) {
@@ -38,7 +58,7 @@
       // A refused stream is not tried again by the browser: a server that is starting refuses.
       if (source.readyState === EventSource.CLOSED) {
         streams.delete(element);
-        setTimeout(look, 2000);
+        ask(element, url);
       }
     };
     streams.set(element, { url, source });
@@ -70,6 +90,24 @@
     }
   }
 
+  // A conversation is drawn anew with every piece of an answer: it stays at its end, or where the
+  // person has scrolled to.
+  const followed = new WeakSet(); // elements whose scrolling is heard
+  const places = []; // of the columns, from the left: how far down, or null for the end
+
+  function keepPlace() {
+    document.querySelectorAll(".turns").forEach((turns, column) => {
+      if (turns.scrollHeight <= turns.clientHeight) places[column] = null;
+      turns.scrollTop = places[column] ?? turns.scrollHeight;
+      if (followed.has(turns)) return;
+      followed.add(turns);
+      turns.addEventListener("scroll", () => {
+        const atEnd = turns.scrollTop + turns.clientHeight >= turns.scrollHeight - 8;
+        places[column] = atEnd ? null : turns.scrollTop;
+      });
+    });
+  }
+
   let waiting = false;
   new MutationObserver(() => {
     if (waiting) return;
@@ -77,6 +115,7 @@
     requestAnimationFrame(() => {
       waiting = false;
       keepTab();
+      keepPlace();
       look();
     });
   }).observe(document.documentElement, {

@@ -74,8 +74,10 @@ def build(services: Services, tab: gr.Tab) -> None:
     def answer(
         text: str, known: Talk, who: str, how: str, *drawn: Any
     ) -> Iterator[tuple[Any, ...]]:
+        emptied: Any = ""  # once: what is typed meanwhile stays
         for grown in services.answer(known, who, how, text, _settings(*drawn)):
-            yield grown, talks.html(grown), "", gr.update(visible=bool(grown.duel)), ""
+            yield grown, talks.html(grown), emptied, gr.update(visible=bool(grown.duel)), ""
+            emptied = gr.skip()
 
     @calm
     def answer_again(known: Talk, who: str, how: str, *drawn: Any) -> Iterator[tuple[Any, ...]]:
@@ -92,6 +94,14 @@ def build(services: Services, tab: gr.Tab) -> None:
         decided, told = services.vote(known, choice)
         return decided, talks.html(decided), gr.update(visible=False), views.subtle(told)
 
+    @calm
+    def offer(chosen: str | None) -> Any:
+        """Who can answer now; whoever was chosen already stays so."""
+        choices = services.voice_choices()
+        return (
+            gr.update(choices=choices) if chosen else gr.update(choices=choices, value=choices[0])
+        )
+
     def forget() -> tuple[Any, ...]:
         return Talk(), _WELCOME, gr.update(visible=False), ""
 
@@ -103,6 +113,8 @@ def build(services: Services, tab: gr.Tab) -> None:
         [question, talk, voice, mode, *drawn],
         shown,
         show_progress="hidden",
+        concurrency_limit=8,
+        concurrency_id="asking",
         api_name="ask",
     )
     repeated = regenerate.click(
@@ -110,6 +122,7 @@ def build(services: Services, tab: gr.Tab) -> None:
         [talk, voice, mode, *drawn],
         shown,
         show_progress="hidden",
+        concurrency_id="asking",
         api_name="ask_again",
     )
     stop.click(None, cancels=[asked, repeated])
@@ -128,15 +141,7 @@ def build(services: Services, tab: gr.Tab) -> None:
     # Ended first, then forgotten: `cancels` of one listener would end what is asked meanwhile too.
     clear.click(None, cancels=[asked, repeated])
     clear.click(forget, None, [talk, screen, voting, verdict], queue=False, api_name="forget")
-    tab.select(
-        lambda chosen: gr.update(
-            choices=services.voice_choices(), value=chosen or services.default_voice()
-        ),
-        voice,
-        voice,
-        show_progress="hidden",
-        api_visibility="private",
-    )
+    tab.select(offer, voice, voice, show_progress="hidden", api_visibility="private")
 
 
 def _settings(system: Any, temperature: Any, top_p: Any, max_tokens: Any, seed: Any) -> Settings:

@@ -43,6 +43,7 @@ class DataTab:
     margins: gr.HTML
     measure: gr.Button
     count: gr.Button
+    stop: gr.Button
     save: gr.Button
     figures: gr.HTML
     lengths: gr.HTML
@@ -94,6 +95,7 @@ def build(services: Services) -> DataTab:
     with gr.Row(elem_classes="quiet-row"):
         measure = gr.Button("Measure BERTScore", size="sm", scale=0, min_width=160)
         count = gr.Button("Count tokens", size="sm", scale=0, min_width=160)
+        stop = gr.Button("Stop measuring", size="sm", scale=0, min_width=130)
         save = gr.Button("Save margins as CSV", size="sm", scale=0, min_width=160)
     gr.HTML('<h3 class="section">Pairs</h3>', js_on_load=None)
     with gr.Row(elem_classes="low-row"):
@@ -110,7 +112,8 @@ def build(services: Services) -> DataTab:
         following = gr.Button("next ▶", scale=0, min_width=130)
     shown = gr.HTML("", js_on_load=None)
     return DataTab(
-        source, split, load, upload, facts, mirrored, margins, measure, count, save, figures,
+        source, split, load, upload, facts, mirrored, margins, measure, count, stop, save,
+        figures,
         lengths, query, sort, place, previous, following, shown,
     )  # fmt: skip
 
@@ -136,14 +139,15 @@ def connect(
         return services.data.data_config(dict(zip(keys, given, strict=True)))
 
     @calm
-    def open_source(name: str, split: str) -> tuple[Any, ...]:
+    def open_source(name: str, split: str, known: str) -> tuple[Any, ...]:
         opened = services.data.open_data(name, split)
+        is_other = opened.source != known  # else its held-out pairs stay as they were chosen
         return (
             gr.update(choices=services.data.source_choices(), value=opened.source),
             opened.source,
             opened.split,
-            opened.heldout_source,
-            opened.heldout_split,
+            opened.heldout_source if is_other else gr.skip(),
+            opened.heldout_split if is_other else gr.skip(),
         )
 
     @calm
@@ -192,10 +196,10 @@ def connect(
     def count(*given: Any) -> Iterator[str]:
         yield from _counting(services, config_of(given))
 
-    def browse(move: int) -> Any:
+    def browse(move: int, anew: bool = False) -> Any:
         @calm
         def browsed(query: str, sort: str, place: Any, *given: Any) -> tuple[Any, ...]:
-            number = (place if isinstance(place, int | float) else 1) + move
+            number = 1 if anew or not isinstance(place, int | float) else place + move
             try:
                 found = services.data.browse(config_of(given), query, sort, int(number) - 1)
             except GapoError as error:
@@ -215,12 +219,15 @@ def connect(
 
     opening = gr.on(
         [data.load.click, data.source.input],
-        open_source, [data.source, data.split], settings, api_name="open_data", **quiet,
+        open_source, [data.source, data.split, form["data.source"]], settings,
+        api_name="open_data", show_progress="full", show_progress_on=data.facts,
     )  # fmt: skip
     uploading = data.upload.upload(keep, data.upload, data.source, api_name="upload").success(
-        open_source, [data.source, data.split], settings, api_visibility="private", **quiet
-    )
-    form["data.source"].change(None, form["data.source"], data.source, js="(value) => value")
+        open_source, [data.source, data.split, form["data.source"]], settings,
+        api_visibility="private", show_progress="full", show_progress_on=data.facts,
+    )  # fmt: skip
+    for key, mirror in (("data.source", data.source), ("data.split", data.split)):
+        form[key].change(None, form[key], mirror, js="(value) => value")
     for key, mirror in data.mirrored.items():
         mirror.input(None, mirror, form[key], js="(value) => value")
         form[key].change(None, form[key], mirror, js="(value) => value")
@@ -238,10 +245,12 @@ def connect(
         [form[key].change for key in about] + [tab.select],
         examine, inputs, seen, api_name="margins", **last,
     )  # fmt: skip
-    for done in (*browsing, redrawn):  # last and apart: nothing has to wait until it has counted
+    browsing.append(redrawn.then(browse(0), browsed, there, api_visibility="private", **last))
+    for done in browsing:  # last and apart: nothing has to wait until it has counted
         done.then(count_few, inputs, data.lengths, api_visibility="private", **last)
-    data.measure.click(
-        measure, inputs, [data.margins, data.figures], api_name="measure_bertscore", **quiet
+    few: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "measuring"}
+    measuring = data.measure.click(
+        measure, inputs, [data.margins, data.figures], api_name="measure_bertscore", **quiet, **few
     )
     wire_download(
         data.save,
@@ -249,16 +258,23 @@ def connect(
         lambda *given: services.data.margins_csv(dict(zip(keys, given, strict=True))),
         inputs,
     )
-    data.count.click(count, inputs, data.lengths, api_name="count_tokens", **quiet)
+    counting = data.count.click(
+        count, inputs, data.lengths, api_name="count_tokens", **quiet, **few
+    )
+    data.stop.click(None, cancels=[measuring, counting]).then(
+        examine, inputs, seen, api_visibility="private", **last
+    )
+    for changed in ("data.source", "data.split", "ef.metric"):  # its result would be of another set
+        form[changed].change(None, cancels=[measuring, counting])
     for trigger, move in (
         (data.previous.click, -1),
         (data.following.click, 1),
-        (data.place.submit, 0),
+        (data.place.input, 0),
     ):
-        trigger(browse(move), browsed, there, api_visibility="private", **quiet)
+        trigger(browse(move), browsed, there, api_visibility="private", **last)
     gr.on(
         [data.query.submit, data.query.change, data.sort.input],
-        browse(0), browsed, there, trigger_mode="always_last", api_name="browse", **quiet,
+        browse(0, anew=True), browsed, there, api_name="browse", **last,
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def wire_download(
     holder_id = f"download-{api_name}"
     holder = gr.DownloadButton("", elem_id=holder_id, visible="hidden")
     button.click(
-        calm(make), list(inputs), holder, show_progress="minimal", api_name=api_name
+        calm(make), list(inputs), holder, show_progress="hidden", api_name=api_name
     ).success(
         None,
         js=f"() => setTimeout(() => (document.querySelector('#{holder_id} a') ?? "

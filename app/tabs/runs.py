@@ -84,6 +84,7 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
         difference = gr.HTML("", js_on_load=None)
     clock = gr.Timer(_REFRESH_S, active=False)
     seen = gr.State([])
+    asked = gr.State("")  # what the question is about, whatever is chosen meanwhile
 
     # -- what the inputs do --
 
@@ -131,7 +132,7 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
 
     @calm
     def ask(name: str) -> tuple[Any, ...]:
-        return gr.update(visible=True), services.lost_by_deleting(name)
+        return gr.update(visible=True), services.lost_by_deleting(name), name
 
     @calm
     def delete_it(name: str) -> tuple[Any, ...]:
@@ -140,9 +141,10 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
         return gr.update(visible=False), gr.update(choices=services.run_names(), value=None), []
 
     @calm
-    def merge_it(name: str) -> str:
+    def merge_it(name: str) -> Iterator[str]:
+        yield views.subtle("merging; for a large model that takes minutes …")
         folder = services.export_merged(name)
-        return views.subtle(f"The merged model is in {folder} on the server, with a model card.")
+        yield views.subtle(f"The merged model is in {folder} on the server, with a model card.")
 
     @calm
     def evaluate_it(name: str) -> Iterator[str]:
@@ -193,16 +195,18 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
     rename.click(
         rename_it, [chosen, new_name], [chosen, new_name, seen], api_name="rename", **quiet
     )
-    delete.click(ask, chosen, [asking, question], api_name="ask_delete", **quiet)
-    really.click(delete_it, chosen, [asking, chosen, seen], api_name="delete", **quiet)
+    delete.click(ask, chosen, [asking, question, asked], api_name="ask_delete", **quiet)
+    really.click(delete_it, asked, [asking, chosen, seen], api_name="delete", **quiet)
+    chosen.change(lambda: gr.update(visible=False), None, asking, api_visibility="private", **quiet)
     never_mind.click(
         lambda: gr.update(visible=False), None, asking, api_visibility="private", **quiet
     )
-    evaluate.click(evaluate_it, chosen, compared, api_name="evaluate", **quiet)
     chosen.change(show_comparison, chosen, compared, api_name="comparison", **quiet)
-    merge.click(merge_it, chosen, told, show_progress="minimal", api_name="export_merged")
+    heavy: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "heavy"}
+    evaluate.click(evaluate_it, chosen, compared, api_name="evaluate", **quiet, **heavy)
+    merge.click(merge_it, chosen, told, api_name="export_merged", **quiet, **heavy)
     gr.on(
-        [overlaid.change, smoothing.release, axis.input],
+        [overlaid.change, smoothing.change, axis.input],
         draw,
         [overlaid, smoothing, axis],
         drawn,

@@ -39,14 +39,21 @@ class TrainTab:
     preset: gr.Dropdown
 
 
-def build(services: Services, tab: gr.Tab) -> TrainTab:
-    """The tab's layout and wiring."""
+def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, header: gr.Button) -> TrainTab:
+    """The tab's layout and wiring.
+
+    Args:
+        services: what the tab may call.
+        tab: this one.
+        tabs: all of them: who starts from another tab is brought to this one.
+        header: a second Start button, in sight of every tab.
+    """
     with gr.Row():
         with gr.Column(scale=4, min_width=330):
             form = _Form(services)
         with gr.Column(scale=7, min_width=330):
             monitor = _Monitor(services)
-    _wire_form(services, form, monitor)
+    _wire_form(services, form, monitor, tab, tabs, header)
     _wire_monitor(services, monitor, tab)
     return TrainTab(form.inputs, monitor.watched, form.preset)
 
@@ -130,6 +137,7 @@ class _Monitor:
             self.stop = gr.Button("Stop (saves)", elem_classes=running, min_width=110)
             self.kill = gr.Button("Stop now, without saving", elem_classes=running, min_width=110)
             self.resume = gr.Button("Resume", elem_classes=resumable, min_width=110)
+        self.asked = gr.State("")  # what the question is about, whatever is watched meanwhile
         with gr.Group(visible=False) as self.asking:
             self.loss = gr.Markdown()
             with gr.Row():
@@ -178,7 +186,14 @@ def _input(services: Services, field: FormField, value: Any) -> Component:
 # -- what the form does --
 
 
-def _wire_form(services: Services, form: _Form, monitor: _Monitor) -> None:
+def _wire_form(
+    services: Services,
+    form: _Form,
+    monitor: _Monitor,
+    tab: gr.Tab,
+    tabs: gr.Tabs,
+    header: gr.Button,
+) -> None:
     keys, inputs = list(form.inputs), list(form.inputs.values())
     summary = [form.margin, form.batch, form.yaml, form.command, form.problem, form.name]
 
@@ -203,13 +218,13 @@ def _wire_form(services: Services, form: _Form, monitor: _Monitor) -> None:
         return [shown[key] for key in keys]
 
     @calm
-    def start(name: Any, *given: Any) -> tuple[Any, ...]:
+    def start(name: Any, smoothing: float, axis: Any, *given: Any) -> tuple[Any, ...]:
         run = services.start(values(given), name)
         say(f"Started {run}.")
-        return (run, *_watch(services, run, 0.0, "step"))
+        return (run, gr.update(selected="train"), *_watch(services, run, smoothing, axis))
 
     gr.on(
-        [component.change for component in inputs] + [form.name.change],
+        [component.change for component in inputs] + [form.name.change, tab.select],
         summarise,
         [form.name, *inputs],
         summary,
@@ -221,17 +236,27 @@ def _wire_form(services: Services, form: _Form, monitor: _Monitor) -> None:
         fill_from_preset, form.preset, inputs, show_progress="hidden", api_name="preset"
     )
     form.load.upload(fill_from_yaml, form.load, inputs, api_name="load_yaml")
-    form.start.click(
+    gr.on(
+        [form.start.click, header.click],
         start,
-        [form.name, *inputs],
-        [form.name, monitor.watched, monitor.live],
+        [form.name, monitor.smoothing, monitor.axis, *inputs],
+        [form.name, tabs, monitor.watched, monitor.live],
         show_progress="minimal",
         api_name="start",
-    ).success(lambda: "", None, form.name, show_progress="hidden", api_visibility="private")
+    ).success(
+        lambda: "",
+        None,
+        form.name,
+        js="() => setTimeout(() => document.querySelector('.live')?.scrollIntoView("
+        "{behavior: 'smooth', block: 'center'}), 300)",
+        show_progress="hidden",
+        api_visibility="private",
+    )
 
 
 def _summary(services: Services, config: RunConfig, name: Any) -> tuple[Any, ...]:
     """What stands under and beside the form for usable settings."""
+    config = services.data.places.check_config(config)  # with paths as a shell would take them
     name = name.strip() if isinstance(name, str) else ""
     command = forms.command(config, services.runs_dir, name)
     return (
@@ -260,7 +285,9 @@ def _wire_monitor(services: Services, monitor: _Monitor, tab: gr.Tab) -> None:
 
     @calm
     def show(run: str | None, smoothing: float, axis: Any) -> tuple[Any, ...]:
-        return _watch(services, run or services.watched(), smoothing, axis)
+        runs, shown = _watch(services, run or services.watched(), smoothing, axis)
+        # A run that was chosen is not chosen again: the person may have gone on to another one.
+        return gr.update(choices=services.run_names()) if run else runs, shown
 
     @calm
     def stop(run: str) -> None:
@@ -275,7 +302,7 @@ def _wire_monitor(services: Services, monitor: _Monitor, tab: gr.Tab) -> None:
 
     @calm
     def ask(run: str) -> tuple[Any, ...]:
-        return gr.update(visible=True), services.lost_by_killing(run)
+        return gr.update(visible=True), services.lost_by_killing(run), run
 
     @calm
     def kill(run: str) -> Any:
@@ -285,7 +312,7 @@ def _wire_monitor(services: Services, monitor: _Monitor, tab: gr.Tab) -> None:
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     gr.on(
-        [monitor.watched.input, monitor.smoothing.release, monitor.axis.input, tab.select],
+        [monitor.watched.input, monitor.smoothing.change, monitor.axis.input, tab.select],
         show,
         view,
         [monitor.watched, monitor.live],
@@ -295,9 +322,16 @@ def _wire_monitor(services: Services, monitor: _Monitor, tab: gr.Tab) -> None:
     )
     monitor.stop.click(stop, monitor.watched, None, api_name="stop", **quiet)
     monitor.kill.click(
-        ask, monitor.watched, [monitor.asking, monitor.loss], api_name="ask_kill", **quiet
+        ask,
+        monitor.watched,
+        [monitor.asking, monitor.loss, monitor.asked],
+        api_name="ask_kill",
+        **quiet,
     )
-    monitor.really.click(kill, monitor.watched, monitor.asking, api_name="kill", **quiet)
+    monitor.really.click(kill, monitor.asked, monitor.asking, api_name="kill", **quiet)
+    monitor.watched.change(
+        lambda: gr.update(visible=False), None, monitor.asking, api_visibility="private", **quiet
+    )
     monitor.never_mind.click(
         lambda: gr.update(visible=False), None, monitor.asking, api_visibility="private", **quiet
     )

@@ -3,6 +3,7 @@
 What is wrong with one row becomes a `Problem` with its line; what is wrong with the file as a
 whole is a `DataError`. Not read by `datasets.load_dataset`, which gives no line numbers, turns
 "NA" into None and an empty file into StopIteration. `pyarrow` is imported by the first .parquet.
+The page's server reads here too, so a file of a few MB that unpacks to many GB is refused early.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ class Table(NamedTuple):
 
 
 BATCH_ROWS = 1000
+MAX_UNPACKED = 8 * 1024**3
+"""Bytes that a .gz file, or what is read of a .parquet file, may unpack to."""
+MAX_RECORD = 256 * 1024**2
+"""Bytes of one line or record, and of a file that is read whole (.json, .parquet.gz)."""
+PIECE = 128 * 1024
+"""Bytes that are unpacked at once."""
 UTF16_MARKS = [b"\xff\xfe", b"\xfe\xff"]
 BLANK = b" \t\r\n\xef\xbb\xbf"
 PYTHON_MESSAGES = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)'")
@@ -63,7 +70,10 @@ def _open_bytes(path: Path) -> Iterator[Any]:
     """The bytes of a file, unzipped; what goes wrong while they are read is the file's fault."""
     zipped = path.suffix.lower() == ".gz"
     try:
-        with gzip.open(path) if zipped else path.open("rb") as stream:
+        with (
+            gzip.open(path) if zipped else path.open("rb") as source,
+            io.BufferedReader(_Bounded(source, str(path), zipped), PIECE) as stream,
+        ):
             start = stream.peek(2)[:2]
             if not start:
                 raise DataError(f"{str(path)!r} is empty, so there is nothing to load.")
@@ -80,6 +90,59 @@ def _open_bytes(path: Path) -> Iterator[Any]:
             f"{str(path)!r} can't be read ({error.strerror or error}). "
             "Check the file and its permissions."
         ) from error
+
+
+class _Bounded(io.RawIOBase):
+    """The bytes of a file, which end in a `DataError` before one record or all are too many.
+
+    A raw stream below Python's own buffer, so that lines are still split at the speed of C.
+    """
+
+    def __init__(self, source: Any, name: str, zipped: bool):
+        self.source = source
+        self.zipped = zipped
+        self._name = name
+        self._unpacked = 0
+        self._of_record = 0
+        self._line = 0  # none yet, as long as the file is read whole
+
+    def begin(self, line: int) -> None:
+        """The record before this line has been read; what the buffer holds counts for neither."""
+        self._line, self._of_record = line, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self.source.readinto(buffer)
+        self._unpacked += count
+        self._of_record += count
+        if self.zipped and self._unpacked > MAX_UNPACKED:
+            raise _unpacks_to_too_much(self._name)
+        if self._of_record > MAX_RECORD:
+            raise DataError(self._too_long())
+        return count
+
+    def readall(self) -> bytes:
+        return b"".join(iter(lambda: self.read(PIECE) or b"", b""))  # else in pieces of 8 KiB
+
+    def _too_long(self) -> str:
+        if self._line:
+            return (
+                f"{self._name!r} has a record of more than {MAX_RECORD:,} bytes at line "
+                f"{self._line}, the most that is read as one. Check its line ends and quotes."
+            )
+        return (
+            f"{self._name!r} holds more than {MAX_RECORD:,} bytes, the most that is read of a file "
+            "without lines. Save its rows as .jsonl, or unpack it if it is a zipped .parquet."
+        )
+
+
+def _unpacks_to_too_much(name: str) -> DataError:
+    return DataError(
+        f"{name!r} unpacks to more than {MAX_UNPACKED:,} bytes, the most that is read from one "
+        "file. Check what is in it, and split it into smaller files."
+    )
 
 
 # --- JSON -------------------------------------------------------------------------------------
@@ -106,10 +169,17 @@ def _parse_json(raw: bytes) -> Any:
         raise ValueError("not usable (a number in it has thousands of digits)") from None
 
 
-def _read_jsonl(stream: Iterable[bytes], name: str) -> Table:
+def _read_jsonl(stream: Any, name: str) -> Table:
     """One object a line; blank lines are skipped but counted."""
-    lines = enumerate(stream, start=1)
-    return Table([], (_jsonl_row(line, raw) for line, raw in lines if raw.strip(BLANK)))
+    return Table([], _jsonl_rows(stream))
+
+
+def _jsonl_rows(stream: Any) -> Iterator[NumberedRow]:
+    stream.raw.begin(1)
+    for line, raw in enumerate(stream, start=1):
+        stream.raw.begin(line + 1)
+        if raw.strip(BLANK):
+            yield _jsonl_row(line, raw)
 
 
 def _jsonl_row(line: int, raw: bytes) -> NumberedRow:
@@ -177,7 +247,8 @@ def _csv_rows(stream: Any, name: str, delimiter: str) -> Iterator[NumberedRow]:
     limit = csv.field_size_limit(sys.maxsize)  # the process's setting; 128 KiB would be too little
     try:
         with io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as text:
-            records = _csv_records(csv.reader(text, delimiter=delimiter, strict=True))
+            reader = csv.reader(text, delimiter=delimiter, strict=True)
+            records = _csv_records(reader, stream.raw.begin)
             header = next(records, None)
             columns = _header_columns(header, name) if header else []
             for record in records:
@@ -186,10 +257,13 @@ def _csv_rows(stream: Any, name: str, delimiter: str) -> Iterator[NumberedRow]:
         csv.field_size_limit(limit)
 
 
-def _csv_records(reader: Any) -> Iterator[tuple[int, list[str]] | Problem]:
+def _csv_records(
+    reader: Any, begin: Callable[[int], None]
+) -> Iterator[tuple[int, list[str]] | Problem]:
     """Records that are not blank, each with its first line."""
     while True:
         line = reader.line_num + 1
+        begin(line)
         try:
             cells = next(reader)
         except StopIteration:
@@ -256,13 +330,27 @@ def _read_parquet(stream: Any, name: str) -> Table:
     import pyarrow
     import pyarrow.parquet
 
-    zipped = isinstance(stream, gzip.GzipFile)  # which cannot seek without unzipping again
-    data = io.BytesIO(stream.read()) if zipped else stream
+    # Unzipped it is read from the file itself, zipped it could not seek without unzipping again.
+    data = io.BytesIO(stream.read()) if stream.raw.zipped else stream.raw.source
     try:
         file = pyarrow.parquet.ParquetFile(data)
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged_parquet(name, error) from error
+    if _declared_bytes(file) > MAX_UNPACKED:
+        raise _unpacks_to_too_much(name)
     return Table(file.schema_arrow.names, _parquet_rows(file, name))
+
+
+def _declared_bytes(file: Any) -> int:
+    """What the columns that are read say they unpack to."""
+    wanted = wanted_columns(file.schema_arrow.names)
+    groups = map(file.metadata.row_group, range(file.num_row_groups))
+    chunks = (group.column(n) for group in groups for n in range(group.num_columns))
+    return sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if chunk.path_in_schema.split(".")[0] in wanted
+    )
 
 
 def _parquet_rows(file: Any, name: str) -> Iterator[NumberedRow]:

@@ -51,7 +51,7 @@ def visiting(
     page.on("request", lambda request: addresses.add(urlsplit(request.url).netloc))
     page.on("console", lambda told: wrongs.append(told.text) if told.type == "error" else None)
     page.on("pageerror", lambda error: wrongs.append(str(error)))
-    page.on("dialog", lambda dialog: (wrongs.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    page.on("dialog", lambda dialog: wrongs.append(f"dialog: {dialog.message}"))
     try:
         page.goto(f"{server.url}?__theme={theme}")
         page.get_by_role("tab", name="Train").wait_for()
@@ -81,6 +81,15 @@ def choose(panel: Any, label: str, option: str) -> None:
     panel.get_by_label(label, exact=True).click()
     panel.page.get_by_role("option", name=option, exact=True).click()
     expect(panel.page.get_by_role("option")).to_have_count(0)
+
+
+def watch(page: Any, run: str) -> Any:
+    """The Train tab's panel, showing a run."""
+    panel = open_tab(page, "Train")
+    expect(page.locator(".live")).to_be_visible()  # some run, which the page has chosen by itself
+    choose(panel, "run", run)
+    expect(page.locator(".live .name")).to_have_text(run)
+    return panel
 
 
 def choose_file(page: Any, button: str, *files: Any) -> None:

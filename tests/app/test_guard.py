@@ -368,6 +368,106 @@ def test_the_login_itself_needs_none(path):
     assert ask({"host": OWN}, path, login=LOGIN)[2] == "secret"
 
 
+class Clock:
+    """A login that answers with `status`, behind a guard whose time is `now`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now, self.status, self.reached = 1000.0, 400, 0
+        self.guard = Guard(self.answer, "127.0.0.1")
+        monkeypatch.setattr("app.guard.monotonic", lambda: self.now)
+
+    async def answer(self, scope: Any, receive: Any, send: Any) -> None:
+        self.reached += 1
+        await asyncio.sleep(0)  # others come meanwhile
+        await send({"type": "http.response.start", "status": self.status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    def guess(self, path: str = "/login", method: str = "POST", **headers: str) -> int:
+        return ask({"host": OWN, **headers}, path, method, guard=self.guard, login=LOGIN)[0]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+@pytest.mark.parametrize("wrong", [400, 401, 422, 500])
+def test_after_five_wrong_passwords_nobody_guesses_until_the_minute_is_over(clock, wrong):
+    clock.status = wrong
+    for path in ("/login", "/login/", "/login", "/login/", "/login"):
+        assert clock.guess(path) == wrong
+        clock.now += 2
+    clock.status = 200
+    assert clock.guess() == clock.guess("/login/") == 429
+    clock.now = 1059.9
+    assert clock.guess() == 429
+    assert clock.reached == 5
+    clock.now = 1060.0
+    assert clock.guess() == 200
+
+
+def test_a_refused_guess_gets_one_sentence_and_protects_itself(clock):
+    for _ in range(5):
+        clock.guess()
+    status, headers, text = ask({"host": OWN}, "/login", "POST", guard=clock.guard, login=LOGIN)
+    expected = "Too many logins have failed: wait a minute, then try again.\n"
+    assert (status, text) == (429, expected)
+    assert PROTECTIONS.items() <= headers.items()
+
+
+def test_refused_guesses_do_not_make_the_wait_longer(clock):
+    for _ in range(5):
+        clock.guess()
+    for _ in range(59):
+        clock.now += 1
+        assert clock.guess() == 429
+    clock.now += 1
+    assert clock.guess() == 400
+
+
+def test_slow_guesses_and_those_before_a_success_do_not_count(clock):
+    for _ in range(20):
+        assert clock.guess() == 400
+        clock.now += 12
+    clock.now += 60
+    for status in (400, 400, 400, 400, 200, 400, 400, 400, 400, 302, 400, 400, 400, 400, 400):
+        clock.status = status
+        assert clock.guess() == status
+    assert clock.guess() == 429
+
+
+def test_guesses_that_are_sent_at_once_count_before_they_are_answered(clock):
+    async def one() -> int:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/login", "app": LOGIN}
+        await clock.guard(scope | {"headers": [(b"host", OWN.encode())]}, None, send)
+        return sent[0]["status"]
+
+    async def all_at_once() -> list[int]:
+        return await asyncio.gather(*(one() for _ in range(200)))
+
+    assert asyncio.run(all_at_once()) == [400] * 5 + [429] * 195
+    assert clock.reached == 5
+
+
+def test_only_logins_that_reach_the_page_count_and_only_they_are_refused(clock):
+    for _ in range(9):
+        assert clock.guess("/login", "GET") == 400
+        assert clock.guess("/logout") == 400
+        assert clock.guess(origin="http://evil.example") == 403  # it can't lock a person out
+        assert clock.guess(host="evil.example") == 421
+    for _ in range(5):
+        assert clock.guess() == 400
+    assert clock.guess("/login", "GET") == 400
+    assert clock.guess("/config", cookie="access-token-abc=t0ken") == 400
+    assert clock.guess(origin="http://evil.example") == 403
+    assert clock.guess() == 429
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_who_has_not_logged_in_is_asked_to_by_our_own_page(method):
     status, headers, text = ask({"host": OWN}, "/", method, login=LOGIN)

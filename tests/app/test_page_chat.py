@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from browsing import (
     shoot,
     small_config,
     visiting,
+    watch,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,17 +49,33 @@ def page(chromium: Any, server: Any) -> Iterator[Any]:
 @pytest.fixture
 def chat(page: Any) -> Any:
     """The Chat tab with the first run and short answers."""
-    panel = open_tab(page, "Chat")
-    choose(panel, "who answers", "first")
+    panel = open_chat(page)
     panel.get_by_role("button", name="How answers are drawn").click()
     expect(panel.get_by_label("max tokens", exact=True)).to_have_value("256")
     enter(panel, "max tokens", 12)
     return panel
 
 
-def copy_of(server: Any, name: str, copy: str) -> Path:
-    """A run's folder under another name."""
-    return Path(shutil.copytree(server.runs_dir / name, server.runs_dir / copy))
+def open_chat(page: Any) -> Any:
+    """The Chat tab with the first run, not the newest, which the page chooses."""
+    panel = open_tab(page, "Chat")
+    expect(panel.get_by_label("who answers")).to_have_value("second")
+    choose(panel, "who answers", "first")
+    return panel
+
+
+@pytest.fixture
+def copy_of(server: Any) -> Iterator[Callable[[str], Path]]:
+    """Copies the first run's folder under another name; what is left of it goes afterwards."""
+    copies: list[Path] = []
+
+    def copied(name: str) -> Path:
+        copies.append(Path(shutil.copytree(server.runs_dir / "first", server.runs_dir / name)))
+        return copies[-1]
+
+    yield copied
+    for path in copies:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def in_table(panel: Any, text: str) -> Any:
@@ -128,8 +145,10 @@ def test_a_run_is_copied_to_a_new_form(page: Any, server: Any) -> None:
     expect(form.get_by_label("learning rate", exact=True)).to_have_value("0.01")
 
 
-def test_a_run_is_renamed_and_deleted_after_asking(page: Any, server: Any) -> None:
-    copy_of(server, "first", "spare")
+def test_a_run_is_renamed_and_deleted_after_asking(
+    page: Any, server: Any, copy_of: Callable[[str], Path]
+) -> None:
+    copy_of("spare")
     panel = open_tab(page, "Runs")
     expect(in_table(panel, "spare")).to_be_visible()
     choose(panel, "chosen run", "spare")
@@ -157,9 +176,9 @@ def test_a_run_is_renamed_and_deleted_after_asking(page: Any, server: Any) -> No
 
 
 def test_what_a_run_has_written_is_shown_as_it_is_and_never_becomes_an_element(
-    page: Any, server: Any
+    page: Any, copy_of: Callable[[str], Path]
 ) -> None:
-    run = copy_of(server, "first", "hostile")
+    run = copy_of("hostile")
     answers = [
         {
             "step": step,
@@ -178,8 +197,7 @@ def test_what_a_run_has_written_is_shown_as_it_is_and_never_becomes_an_element(
     assert source is not None
     hostile_source = f"{source[1].strip()}{HOSTILE.format('source')}"
     (run / "config.yaml").write_text(config.replace(source[1], json.dumps(hostile_source)))
-    panel = open_tab(page, "Train")
-    choose(panel, "run", "hostile")
+    panel = watch(page, "hostile")
     expect_state(page, "failed")
     for place in ("prompt", "answer0", "answer12", "log", "message"):
         expect(panel.locator(".live")).to_contain_text(HOSTILE.format(place))
@@ -189,7 +207,6 @@ def test_what_a_run_has_written_is_shown_as_it_is_and_never_becomes_an_element(
     choose(panel, "one run", "first")
     choose(panel, "another", "hostile")
     expect(panel.get_by_role("row", name="data.source")).to_contain_text(HOSTILE.format("source"))
-    shutil.rmtree(run)
 
 
 # -- chat --
@@ -209,8 +226,8 @@ def answers(panel: Any, expected: int) -> list[str]:
 
 def without_adapter(model: Path, question: str) -> str:
     """The likeliest answer of 12 tokens, by transformers alone."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     turns = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -322,8 +339,7 @@ def test_a_comparison_without_a_run_is_refused_in_a_sentence(chat: Any, tiny_mod
 
 def test_runs_and_chat_fit_a_phone(chromium: Any, server: Any) -> None:
     with visiting(chromium, server, theme="dark", width=390) as page:
-        panel = open_tab(page, "Train")
-        choose(panel, "run", "first")
+        panel = watch(page, "first")
         expect(of_title(panel, "Loss")).to_be_visible()
         shoot(page, "phone-run")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -331,10 +347,29 @@ def test_runs_and_chat_fit_a_phone(chromium: Any, server: Any) -> None:
         overlay(panel, "first", "second")
         shoot(page, "phone-overlaid")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        panel = open_tab(page, "Chat")
-        choose(panel, "who answers", "first")
+        panel = open_chat(page)
         panel.get_by_label("Side by side").click()
         ask(panel, "Word" * 200)
-        expect(panel.locator(".turn.model")).to_have_count(2)
+        expect(panel.get_by_text("a second")).to_have_count(2)
+        for column in panel.locator(".talk").all():  # at the end of what does not fit
+            column.scroll_into_view_if_needed()
+            expect(column.get_by_text("a second")).to_be_in_viewport()
         shoot(page, "phone-side-by-side")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_long_answer_is_followed_unless_the_person_reads_further_up(chat: Any) -> None:
+    enter(chat, "max tokens", 1500)
+    ask(chat, "Line\n" * 60)
+    turns = chat.locator(".turns")
+    below = "(one) => one.scrollHeight - one.clientHeight - one.scrollTop"
+    expect(chat.locator(".turn.model")).to_be_visible()
+    chat.page.wait_for_function(f"({below})(document.querySelector('.turns')) < 8")
+    turns.evaluate("(one) => (one.scrollTop = 40)")
+    length = len(chat.locator(".turn.model .said").inner_text())
+    chat.page.wait_for_function(
+        f"document.querySelector('.turn.model .said').textContent.length > {length + 200}"
+    )
+    assert turns.evaluate("(one) => one.scrollTop") == 40
+    chat.get_by_role("button", name="Stop", exact=True).click()
+    expect(chat.get_by_text("Stopped.")).to_have_count(1)

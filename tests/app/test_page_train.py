@@ -28,6 +28,7 @@ from browsing import (
     shoot,
     small_config,
     visiting,
+    watch,
 )
 from PIL import Image
 
@@ -184,8 +185,7 @@ def test_figures_are_saved_as_pictures_and_numbers_as_csv(
     page: Any, server: Any, tiny_settings: dict[str, Any]
 ) -> None:
     name = a_run_with_curves(server, tiny_settings)
-    panel = open_tab(page, "Train")
-    choose(panel, "run", name)
+    panel = watch(page, name)
     with page.expect_download() as one:
         of_title(panel, "Reward margin").get_by_role("button").click()
     with page.expect_download() as every:
@@ -250,7 +250,7 @@ def test_two_people_who_press_start_get_one_run_and_one_clear_answer(
         winner, loser = (one, two) if one.locator(".live").is_visible() else (two, one)
         expect_state(winner, "running")
         open_tab(loser, "Runs")
-        choose(open_tab(loser, "Train"), "run", name)
+        watch(loser, name)
         expect_state(loser, "running")
 
 
@@ -306,7 +306,6 @@ def test_a_page_that_is_loaded_again_finds_the_run_with_its_whole_curve(
     xs, ys = curves(panel, "Loss")["training"]
     assert xs[: len(known)] == [row["step"] for row in known]
     assert ys[: len(known)] == pytest.approx([row["loss"] for row in known], rel=1e-3)
-    choose(panel, "run", long_run)
     panel.get_by_label("epoch", exact=True).click()
     expect(of_title(panel, "Loss").locator("text.label")).to_have_text("epoch")
 

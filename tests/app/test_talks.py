@@ -185,3 +185,18 @@ def test_settings_out_of_range_are_refused_before_anything_is_asked(settings):
     with pytest.raises(ConfigError):
         said(voices, begin("demo", is_run=True, mode=BESIDE), settings=settings)
     assert voices.asked == []
+
+
+def test_after_a_vote_the_next_blind_question_begins_a_new_conversation(run):
+    voices, duels = Voices(), Duels()
+    talk = said(voices, begin("demo", is_run=True, mode=BLIND), duels=duels, run=run)
+    talk, _ = talks.vote(duels, run, talk, "left")
+    orders = set()
+    for _ in range(40):
+        after = said(voices, talk, "And now?", duels=duels, run=run)
+        assert all(turns[0] == "And now?" for turns in texts(after))  # nothing to know them by
+        orders.add(tuple(column.side for column in after.columns))
+    assert len(orders) == 2
+    shorter, question = talks.again(talk)
+    assert question == "Why?"
+    assert shorter.revealed  # so that answering again is blind again, too

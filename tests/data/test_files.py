@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gapo_lite.data import load_pairs
+from gapo_lite.data import files, load_pairs
 from gapo_lite.errors import DataError
 from gapo_lite.types import LoadedPairs, Problem
 
@@ -353,6 +354,113 @@ def test_damaged_gzip_is_an_error(load, name: str) -> None:
     for damaged in (data[: len(data) // 2], data[:-4], bytes(flipped), b"no gzip", b"\x1f\x8b"):
         with pytest.raises(DataError, match=rf"{name}.*gzip file"):
             load(name, damaged)
+
+
+# --- More than fits into memory -----------------------------------------------------------------
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PIECE", 1000)
+    monkeypatch.setattr(files, "MAX_RECORD", 1_000_000)
+    monkeypatch.setattr(files, "MAX_UNPACKED", 3_000_000)
+
+
+def refused_within(path: Path, reason: str, memory: int) -> None:
+    """Loading fails for this reason before it has used so many bytes."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=rf"{path.name}.*{reason}"):
+            load_pairs(path)
+        assert tracemalloc.get_traced_memory()[1] < memory
+    finally:
+        tracemalloc.stop()
+
+
+BOMB = b"x" * 50_000_000
+NO_LINES = r"holds more than 1,000,000 bytes.*Save its rows as \.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("x.jsonl", BOMB, "more than 1,000,000 bytes at line 1,"),
+        ("x.jsonl", GOOD + b"\n\n{\n" + BOMB, "more than 1,000,000 bytes at line 4,"),
+        ("x.csv", BOMB, "more than 1,000,000 bytes at line 1,"),
+        ("x.csv", HEADER + b'a,"b\n",c\n\na,' + BOMB, "more than 1,000,000 bytes at line 5,"),
+        ("x.csv", HEADER + b'"\n' + b"x\n" * 25_000_000, "more than 1,000,000 bytes at line 2,"),
+        ("x.tsv", b'"x\n"\t' * 10_000_000, "more than 1,000,000 bytes at line 1,"),
+        ("x.json", b'["' + BOMB, NO_LINES),
+        ("x.parquet", b"PAR1" + BOMB + b"PAR1", "1,000,000 bytes.*unpack it"),
+    ],
+)
+def test_a_record_without_end_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, small_limits: None, name: str, data: bytes, reason: str
+) -> None:
+    zipped = tmp_path / f"{name}.gz"
+    zipped.write_bytes(gzip.compress(data, 1))
+    assert zipped.stat().st_size < 500_000
+    refused_within(zipped, reason, 20_000_000)
+    if name != "x.parquet":  # which is not read whole
+        (tmp_path / name).write_bytes(data)
+        refused_within(tmp_path / name, reason, 20_000_000)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.csv.gz"])
+def test_short_lines_without_end_are_refused_too(
+    tmp_path: Path, small_limits: None, name: str
+) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(HEADER + b"\n" * 50_000_000, 1))
+    refused_within(tmp_path / name, "unpacks to more than 3,000,000 bytes", 5_000_000)
+
+
+def test_gzip_members_count_together(load, small_limits: None) -> None:
+    member = gzip.compress((GOOD + b"\n") * 1000 + b" " * 900_000 + b"\n")
+    assert lines(load("x.jsonl.gz", member * 3))[-1] == 3002
+    with pytest.raises(DataError, match=r"x\.jsonl\.gz.*unpacks to more than 3,000,000 bytes"):
+        load("x.jsonl.gz", member * 4)
+
+
+def test_what_is_not_zipped_may_be_as_long_as_the_disk_has_it(load, small_limits: None) -> None:
+    assert len(load("x.jsonl", (GOOD + b"\n") * 80_000).pairs) == 80_000
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_lines_keep_their_numbers_and_texts_below_the_limits(
+    load, small_limits: None, ending: str
+) -> None:
+    pack = gzip.compress if ending else bytes
+    long = json.dumps(ROW | {"chosen": "é" * 150_000}).encode()  # 900,000 bytes
+    loaded = load(f"x.jsonl{ending}", pack(b"\n\n".join([long, b"{", long, GOOD])))
+    assert lines(loaded) == [1, 5, 7]
+    assert loaded.pairs[1].chosen == "é" * 150_000
+    assert [problem.line for problem in loaded.problems] == [3]
+    cell = b'"' + b"b\n" * 400_000 + b'"'
+    records = b"a," + cell + b",c\n\na,,c\na," + cell + b",c\n"
+    loaded = load(f"x.csv{ending}", pack(HEADER + records))
+    assert lines(loaded) == [2, 400_005]
+    assert loaded.pairs[1].chosen == "b\n" * 400_000
+    assert [problem.line for problem in loaded.problems] == [400_004]
+    assert lines(load(f"x.json{ending}", pack(json.dumps([ROW] * 15_000).encode())))[-1] == 15_000
+
+
+def test_parquet_is_refused_for_what_its_read_columns_declare(
+    tmp_path: Path, small_limits: None
+) -> None:
+    path = tmp_path / "x.parquet"
+    texts = [f"{n}" + "x" * 1000 for n in range(4000)]
+    rows = {name: ["a"] * 4000 for name in ROW}
+    pyarrow.parquet.write_table(pyarrow.table(rows | {"image": texts}), path, compression="zstd")
+    assert len(load_pairs(path).pairs) == 4000
+    messages = [[{"role": "assistant", "content": text}] for text in texts]
+    for chosen in (texts, messages):
+        table = pyarrow.table(rows | {"chosen": chosen})
+        pyarrow.parquet.write_table(table, path, row_group_size=500, compression="zstd")
+        with pytest.raises(DataError, match=r"x\.parquet.*unpacks to more than 3,000,000 bytes"):
+            load_pairs(path)
+
+
+# --- Any file, again ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv"])
