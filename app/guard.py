@@ -38,7 +38,7 @@ ANY_ADDRESS = ("0.0.0.0", "::")
 MAX_BODY = 4_000_000
 """Bytes of a request that uploads nothing; the longest conversation has a tenth of that."""
 UPLOAD = "/gradio_api/upload"
-MAX_GUESSES = 5
+MAX_GUESSES = 30
 """Logins that may fail within GUESSING_TIME, whoever tries."""
 GUESSING_TIME = 60.0
 """Seconds."""

@@ -91,35 +91,40 @@
   }
 
   // A conversation is drawn anew with every piece of an answer: it stays at its end, or where the
-  // person has scrolled to.
-  const followed = new WeakSet(); // elements whose scrolling is heard
+  // person has scrolled to. Done at once, before the browser tells of a scrolling that nobody did.
+  const known = new WeakMap(); // conversation -> {top: where it was put, asked: questions in it}
   const places = []; // of the columns, from the left: how far down, or null for the end
 
   function keepPlace() {
     document.querySelectorAll(".turns").forEach((turns, column) => {
-      if (turns.scrollHeight <= turns.clientHeight) places[column] = null;
+      const asked = turns.querySelectorAll(".turn.you").length;
+      const before = known.get(turns);
+      if (before?.asked !== asked) places[column] = null;
+      if (!before) {
+        turns.addEventListener("scroll", () => {
+          if (turns.scrollTop === known.get(turns).top) return;
+          const atEnd = turns.scrollTop + turns.clientHeight >= turns.scrollHeight - 8;
+          places[column] = atEnd ? null : turns.scrollTop;
+        });
+      }
       turns.scrollTop = places[column] ?? turns.scrollHeight;
-      if (followed.has(turns)) return;
-      followed.add(turns);
-      turns.addEventListener("scroll", () => {
-        const atEnd = turns.scrollTop + turns.clientHeight >= turns.scrollHeight - 8;
-        places[column] = atEnd ? null : turns.scrollTop;
-      });
+      known.set(turns, { top: turns.scrollTop, asked });
     });
   }
 
   let waiting = false;
   new MutationObserver(() => {
+    keepPlace();
     if (waiting) return;
     waiting = true;
     requestAnimationFrame(() => {
       waiting = false;
       keepTab();
-      keepPlace();
       look();
     });
   }).observe(document.documentElement, {
-    childList: true, subtree: true, attributeFilter: ["data-stream", "aria-selected"],
+    childList: true, subtree: true, characterData: true,
+    attributeFilter: ["data-stream", "aria-selected"],
   });
 
   // A browser keeps few connections to one address: a page that nobody looks at gives its own back.

@@ -376,8 +376,9 @@ def test_the_margin_of_data_outside_is_not_told_by_the_summary(page, unharmed):
     for path in ("decoy", "up"):
         data = list(own)
         data[source] = forgeries(page.outside)[path]
-        margin = json.loads(page.call(endpoint, data)[1])["data"][0]
-        assert "known once the pairs are scored" in margin
+        margin, *_, problem, _ = json.loads(page.call(endpoint, data)[1])["data"]
+        assert "reward units" not in str(margin)
+        assert "be opened as data here" in problem
 
 
 # -- through the queue, and by gradio_client --

@@ -388,6 +388,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr("app.guard.MAX_GUESSES", 5)
     return Clock(monkeypatch)
 
 

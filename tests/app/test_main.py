@@ -319,7 +319,7 @@ def test_only_the_right_password_logs_in_and_logging_out_ends_it(locked):
         cookies = http.post("/login", data={"username": USER, "password": PASSWORD}).headers
         assert cookies["set-cookie"].count("HttpOnly") == 2
         assert http.get("/config").status_code == 200
-        assert http.get("/live?run=absent").status_code == 400
+        assert http.get("/live?run=absent").status_code == 404
         assert http.get("/gradio_api/file=/etc/hostname").status_code == 403
         kept = dict(http.cookies)
         http.get("/logout")
@@ -387,7 +387,7 @@ def start_training(server: Server, settings: dict, name: str) -> None:
             value["value"] if isinstance(value, dict) else value
             for value in call(http, "load_yaml", file)
         ]
-        call(http, "start", name, *filled)
+        call(http, "start", name, 0.6, "step", *filled)
 
 
 def wait_until(is_so: Any, process: subprocess.Popen | None = None) -> None:
