@@ -24,11 +24,12 @@ expect = pytest.importorskip("playwright.sync_api").expect
 SCREENSHOTS = Path(__file__).resolve().parents[1] / "screenshots"  # git ignores it
 PATIENCE_MS = 20_000
 PATIENCE_WITH_PROCESSES_MS = 90_000  # importing torch takes long on a busy machine
-LOST_SERVER = (
+CUT_OFF = (
     r"net::ERR_(INCOMPLETE_CHUNKED_ENCODING|CONNECTION_(REFUSED|RESET)|EMPTY_RESPONSE)"
-    r"|Failed to fetch|network error|Connection errored out"
+    r"|Failed to fetch|network error|Connection errored out|AbortError"
 )
-"""What Chromium and Gradio write to the console when a server goes away."""
+"""What Chromium and Gradio write to the console when a call is cut off: the server was killed, or
+the page loaded again, meanwhile."""
 
 HOSTILE = "<img src=x onerror=\"window.hacked='{}'\"><b class=hostile>bold</b>"
 

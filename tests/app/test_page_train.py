@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from browsing import (
-    LOST_SERVER,
+    CUT_OFF,
     choose,
     choose_file,
     curves,
@@ -41,7 +41,10 @@ SHORT = (
     'training.sample_prompts=["Why?"]',
     "training.sample_max_tokens=8",
 )
-LONG = ("training.max_steps=100000", "training.eval_steps=50000", "training.save_steps=50000")
+LONG = (
+    *("training.max_steps=100000", "training.eval_steps=50000", "training.save_steps=50000"),
+    "training.batch_size=12",  # so slow that its curve is drawn with every step, not thinned
+)
 
 
 @pytest.fixture
@@ -293,21 +296,22 @@ def test_a_step_reaches_the_page_within_two_seconds_of_being_logged(
 
 
 def test_a_page_that_is_loaded_again_finds_the_run_with_its_whole_curve(
-    page: Any, server: Any, long_run: str
+    chromium: Any, server: Any, long_run: str
 ) -> None:
-    open_tab(page, "Train")
-    expect_state(page, "running")
-    page.reload()
-    expect(page.get_by_role("tab", name="Train", selected=True)).to_be_visible()  # as before
-    known = steps(server, long_run)
-    panel = open_tab(page, "Train")
-    expect_state(page, "running")
-    until_drawn(page, known[-1]["step"])
-    xs, ys = curves(panel, "Loss")["training"]
-    assert xs[: len(known)] == [row["step"] for row in known]
-    assert ys[: len(known)] == pytest.approx([row["loss"] for row in known], rel=1e-3)
-    panel.get_by_label("epoch", exact=True).click()
-    expect(of_title(panel, "Loss").locator("text.label")).to_have_text("epoch")
+    with visiting(chromium, server, forgiven=CUT_OFF) as page:
+        open_tab(page, "Train")
+        expect_state(page, "running")
+        page.reload()
+        expect(page.get_by_role("tab", name="Train", selected=True)).to_be_visible()  # as before
+        known = steps(server, long_run)
+        panel = open_tab(page, "Train")
+        expect_state(page, "running")
+        until_drawn(page, known[-1]["step"])
+        xs, ys = curves(panel, "Loss")["training"]
+        assert xs[: len(known)] == [row["step"] for row in known]
+        assert ys[: len(known)] == pytest.approx([row["loss"] for row in known], rel=1e-3)
+        panel.get_by_label("epoch", exact=True).click()
+        expect(of_title(panel, "Loss").locator("text.label")).to_have_text("epoch")
 
 
 def test_a_run_that_is_being_trained_can_be_neither_deleted_nor_renamed(
@@ -330,7 +334,7 @@ def test_a_run_that_is_being_trained_can_be_neither_deleted_nor_renamed(
 def test_training_goes_on_when_the_server_is_killed_and_every_page_finds_it_again(
     chromium: Any, server: Any, long_run: str
 ) -> None:
-    with visiting(chromium, server, forgiven=LOST_SERVER) as page:
+    with visiting(chromium, server, forgiven=CUT_OFF) as page:
         open_tab(page, "Train")
         expect_state(page, "running")
         server.kill()
