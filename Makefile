@@ -21,7 +21,7 @@ demo: setup ## Train the embedded model with GaPO in 4 bits (CPU or GPU) and sho
 	$(BIN)/gapo-lite demo
 
 test: check browser ## Set up, check and run all tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/.ready-dev ## Lint, formatting and types
 	$(BIN)/ruff check .
