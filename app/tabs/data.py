@@ -269,9 +269,9 @@ def connect(
     for trigger, move in (
         (data.previous.click, -1),
         (data.following.click, 1),
-        (data.place.input, 0),
+        (data.place.submit, 0),
     ):
-        trigger(browse(move), browsed, there, api_visibility="private", **last)
+        trigger(browse(move), browsed, there, api_visibility="private", **quiet)
     gr.on(
         [data.query.submit, data.query.change, data.sort.input],
         browse(0, anew=True), browsed, there, api_name="browse", **last,
