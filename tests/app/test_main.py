@@ -437,6 +437,7 @@ def test_the_page_ends_at_once_and_leaves_the_training_alone(locked, tiny_settin
     seconds = time.monotonic() - asked
     print(f"\nthe page ended {seconds:.1f} s after SIGTERM, with two viewers")
     assert seconds < MAX_END_S * crowd()
+    assert not temporary.exists(), sorted(temporary.rglob("*"))
 
     count = len(locked.metrics("long"))
     wait_until(lambda: len(locked.metrics("long")) > count + 5)
