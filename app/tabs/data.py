@@ -273,7 +273,7 @@ def connect(
     ):
         trigger(browse(move), browsed, there, api_visibility="private", **quiet)
     gr.on(
-        [data.query.submit, data.query.change, data.sort.input],
+        [data.query.change, data.sort.input],
         browse(0, anew=True), browsed, there, api_name="browse", **last,
     )  # fmt: skip
 
