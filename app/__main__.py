@@ -46,16 +46,7 @@ def main() -> None:
     try:
         page()
     finally:
-        _remove(temporary)  # uploads and downloads
-
-
-def _remove(folder: Path) -> None:
-    """Removes a folder in which a request that is ending may still write."""
-    for _ in range(20):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(0.1)
+        shutil.rmtree(temporary, ignore_errors=True)  # uploads and downloads
 
 
 def serve(

@@ -5,7 +5,7 @@
     talk, sentence = vote(duels, run, grown, "left")
 
 A Talk is a value: each step gives a new one. In a blind talk it knows who is left and right, so it
-never goes to the browser itself (it lives in gr.State, on the server); only its view does.
+never goes to the browser itself (`sessions` keeps it, on the server); only its view does.
 """
 
 from __future__ import annotations
@@ -204,6 +204,9 @@ def _answered(voices: Voices, talk: Talk, place: int, settings: Settings) -> Ite
     column, text, drawn = asked, "", 0.0
     with closing(voices.ask(request)) as events:
         for event in events:
+            if event.kind == "still":
+                yield talk
+                continue
             text += event.text if event.kind == "piece" else ""
             done = event.kind in ("done", "error")
             lost = not text or (event.kind == "error" and talk.mode == BLIND)  # half is no answer

@@ -38,6 +38,7 @@ MAX_SEED = 2**32 - 1
 LEAST_TEMPERATURE = 0.01
 """Below it, but above 0, logits overflow when they are divided by it."""
 
+_SIGN_S = 0.5
 GIVEN_WAY = "the model has given way to training"
 _DIED = (
     "the chat model's process has ended unexpectedly (often because memory ran out). Ask again: it "
@@ -98,18 +99,21 @@ class Event:
 
     Attributes:
         kind: waiting (another answer is being given), loading (`text` names the voice), piece (of
-            the answer), note (turns were forgotten), done, error.
+            the answer), note (turns were forgotten), still (nothing new), done, error.
         text: of the piece or the message.
         tokens: of the whole answer, when done.
         seconds: the answer took, without loading, when done.
         step: optimizer steps that the run's adapter has seen, when done; None for a model.
     """
 
-    kind: Literal["waiting", "loading", "piece", "note", "done", "error"]
+    kind: Literal["waiting", "loading", "piece", "note", "still", "done", "error"]
     text: str = ""
     tokens: int = 0
     seconds: float = 0.0
     step: int | None = None
+
+
+_STILL = Event("still")
 
 
 class Voices:
@@ -173,9 +177,13 @@ class Voices:
             worker.send(_message(number, request))
             if must_wait:
                 yield Event("waiting", "another answer is being given")
-            while (event := inbox.get()).kind not in ("done", "error"):
+            event = _STILL
+            while event.kind not in ("done", "error"):
+                try:
+                    event = inbox.get(timeout=_SIGN_S)
+                except queue.Empty:  # whoever waits can also stop, while a model is loading say
+                    event = _STILL
                 yield event
-            yield event
         finally:
             worker.send({"stop": number})  # of no effect where the answer has ended
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
@@ -10,6 +10,7 @@ import gradio as gr
 from app import talks, views
 from app.notices import calm
 from app.services import Services
+from app.sessions import Sessions
 from app.talks import Settings, Talk
 
 _WELCOME = views.side_by_side(
@@ -19,7 +20,7 @@ _WELCOME = views.side_by_side(
 
 def build(services: Services, tab: gr.Tab) -> None:
     """The tab's layout and wiring."""
-    talk = gr.State(Talk())
+    known: Sessions[Talk] = Sessions(Talk)
     with gr.Row():
         voice = gr.Dropdown(
             choices=services.voice_choices(),
@@ -72,27 +73,46 @@ def build(services: Services, tab: gr.Tab) -> None:
 
     @calm
     def answer(
-        text: str, known: Talk, who: str, how: str, *drawn: Any
+        request: gr.Request, text: str, who: str, how: str, *drawn: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        yield from grow(request, known.get(request.session_hash), text, who, how, *drawn)
+
+    @calm
+    def answer_again(
+        request: gr.Request, who: str, how: str, *drawn: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        shorter, text = talks.again(known.get(request.session_hash))
+        yield from grow(request, shorter, text, who, how, *drawn)
+
+    def grow(
+        request: gr.Request, talk: Talk, text: str, who: str, how: str, *drawn: Any
     ) -> Iterator[tuple[Any, ...]]:
         emptied: Any = ""  # once: what is typed meanwhile stays
-        for grown in services.answer(known, who, how, text, _settings(*drawn)):
-            yield grown, talks.html(grown), emptied, gr.update(visible=bool(grown.duel)), ""
+        for grown in services.answer(talk, who, how, text, _settings(*drawn)):
+            known.put(request.session_hash, grown)
+            yield talks.html(grown), emptied, gr.update(visible=bool(grown.duel)), ""
             emptied = gr.skip()
 
-    @calm
-    def answer_again(known: Talk, who: str, how: str, *drawn: Any) -> Iterator[tuple[Any, ...]]:
-        shorter, text = talks.again(known)
-        yield from answer(text, shorter, who, how, *drawn)
-
-    def settle(known: Talk) -> tuple[Any, ...]:
+    def settle(request: gr.Request) -> Any:
         """After every answer, since one that was stopped could not say so itself."""
-        ended = talks.stopped(known)
-        return (gr.skip(), gr.skip()) if ended is known else (ended, talks.html(ended))
+        talk = known.get(request.session_hash)
+        ended = talks.stopped(talk)
+        if ended is talk:
+            return gr.skip()
+        known.put(request.session_hash, ended)
+        return talks.html(ended)
 
     @calm
-    def decide(known: Talk, choice: str) -> tuple[Any, ...]:
-        decided, told = services.vote(known, choice)
-        return decided, talks.html(decided), gr.update(visible=False), views.subtle(told)
+    def decide(request: gr.Request, choice: str) -> tuple[Any, ...]:
+        decided, told = services.vote(known.get(request.session_hash), choice)
+        known.put(request.session_hash, decided)
+        return talks.html(decided), gr.update(visible=False), views.subtle(told)
+
+    def voting_for(choice: str) -> Callable[..., Any]:
+        def cast(request: gr.Request) -> Any:
+            return decide(request, choice)
+
+        return cast
 
     @calm
     def offer(chosen: str | None) -> Any:
@@ -102,15 +122,16 @@ def build(services: Services, tab: gr.Tab) -> None:
             gr.update(choices=choices) if chosen else gr.update(choices=choices, value=choices[0])
         )
 
-    def forget() -> tuple[Any, ...]:
-        return Talk(), _WELCOME, gr.update(visible=False), ""
+    def forget(request: gr.Request) -> tuple[Any, ...]:
+        known.put(request.session_hash, Talk())
+        return _WELCOME, gr.update(visible=False), ""
 
     drawn = [system, temperature, top_p, max_tokens, seed]
-    shown = [talk, screen, question, voting, verdict]
+    shown = [screen, question, voting, verdict]
     asked = gr.on(
         [send.click, question.submit],
         answer,
-        [question, talk, voice, mode, *drawn],
+        [question, voice, mode, *drawn],
         shown,
         show_progress="hidden",
         concurrency_limit=8,
@@ -119,7 +140,7 @@ def build(services: Services, tab: gr.Tab) -> None:
     )
     repeated = regenerate.click(
         answer_again,
-        [talk, voice, mode, *drawn],
+        [voice, mode, *drawn],
         shown,
         show_progress="hidden",
         concurrency_id="asking",
@@ -127,20 +148,18 @@ def build(services: Services, tab: gr.Tab) -> None:
     )
     stop.click(None, cancels=[asked, repeated])
     for answering in (asked, repeated):
-        answering.then(
-            settle, talk, [talk, screen], show_progress="hidden", api_visibility="private"
-        )
+        answering.then(settle, None, screen, show_progress="hidden", api_visibility="private")
     for button, choice in ((left, "left"), (right, "right"), (tie, "tie"), (both_bad, "both_bad")):
         button.click(
-            calm(lambda known, choice=choice: decide(known, choice)),
-            talk,
-            [talk, screen, voting, verdict],
+            voting_for(choice),
+            None,
+            [screen, voting, verdict],
             show_progress="hidden",
             api_name=f"vote_{choice}",
         )
     # Ended first, then forgotten: `cancels` of one listener would end what is asked meanwhile too.
     clear.click(None, cancels=[asked, repeated])
-    clear.click(forget, None, [talk, screen, voting, verdict], queue=False, api_name="forget")
+    clear.click(forget, None, [screen, voting, verdict], queue=False, api_name="forget")
     tab.select(offer, voice, voice, show_progress="hidden", api_visibility="private")
 
 

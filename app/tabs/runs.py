@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,8 +85,8 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
             other = gr.Dropdown(services.run_names(), label="another", value=None)
         difference = gr.HTML("", js_on_load=None)
     clock = gr.Timer(_REFRESH_S, active=False)
-    seen = gr.State([])
-    asked = gr.State("")  # what the question is about, whatever is chosen meanwhile
+    seen = gr.Textbox("", visible=False)  # digests of the rows and of the names in sight
+    asked = gr.Textbox("", visible=False)  # what the question is about
 
     # -- what the inputs do --
 
@@ -93,17 +95,18 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
 
     @calm
-    def refresh(known: list[Any], picked: list[str] | None) -> tuple[Any, ...]:
+    def refresh(known: str, picked: list[str] | None) -> tuple[Any, ...]:
         found = services.run_rows()
-        if found == known:
-            return (gr.skip(),) * len(shown)
         names = [row[0] for row in found]
-        if names == [row[0] for row in known]:  # a list that somebody has open is left alone
-            return found, found, *(gr.skip(),) * len(lists)
+        now = f"{_digest(found)} {_digest(names)}"
+        if now == known:
+            return (gr.skip(),) * len(shown)
+        if (known or "").endswith(now.split()[1]):  # a list that somebody has open is left alone
+            return found, now, *(gr.skip(),) * len(lists)
         choices = gr.update(choices=names)
         kept = [name for name in picked or [] if name in names]
         over = choices if kept == (picked or []) else gr.update(choices=names, value=kept)
-        return found, found, choices, over, choices, choices
+        return found, now, choices, over, choices, choices
 
     @calm
     def choose(event: gr.SelectData) -> Any:
@@ -128,7 +131,7 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
     def rename_it(name: str, new: str) -> tuple[Any, ...]:
         services.rename(name, new)
         say(f"{name} is now {new.strip()}.")
-        return gr.update(choices=services.run_names(), value=new.strip()), "", []
+        return gr.update(choices=services.run_names(), value=new.strip()), "", ""
 
     @calm
     def ask(name: str) -> tuple[Any, ...]:
@@ -138,7 +141,7 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
     def delete_it(name: str) -> tuple[Any, ...]:
         services.delete(name)
         say(f"{name} was deleted.")
-        return gr.update(visible=False), gr.update(choices=services.run_names(), value=None), []
+        return gr.update(visible=False), gr.update(choices=services.run_names(), value=None), ""
 
     @calm
     def merge_it(name: str) -> Iterator[str]:
@@ -223,3 +226,8 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
         api_name="difference",
         **quiet,
     )
+
+
+def _digest(value: Any) -> str:
+    """Tells two states of a table apart."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -137,7 +137,7 @@ class _Monitor:
             self.stop = gr.Button("Stop (saves)", elem_classes=running, min_width=110)
             self.kill = gr.Button("Stop now, without saving", elem_classes=running, min_width=110)
             self.resume = gr.Button("Resume", elem_classes=resumable, min_width=110)
-        self.asked = gr.State("")  # what the question is about, whatever is watched meanwhile
+        self.asked = gr.Textbox("", visible=False)  # what the question is about
         with gr.Group(visible=False) as self.asking:
             self.loss = gr.Markdown()
             with gr.Row():

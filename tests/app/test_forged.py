@@ -476,34 +476,31 @@ FORGED_TALK = {
 
 
 @pytest.mark.parametrize("state", [FORGED_TALK, [FORGED_TALK], "one", None, 5])
-def test_the_state_of_a_talk_cannot_be_sent(page, unharmed, state):
+def test_what_is_said_in_a_chat_cannot_be_sent(page, unharmed, state):
     for choice in ("left", "right", "tie", "both_bad"):
         endpoint = page.endpoint(f"vote_{choice}")
-        status, text = page.call(endpoint, [state], session_hash="forger")
-        assert status == 500
-        assert "nothing to vote on" in json.loads(text)["error"].lower()
+        for data in ([], [state]):
+            status, text = page.call(endpoint, data, session_hash="forger")
+            assert status == 500
+            assert "nothing to vote on" in json.loads(text)["error"].lower()
     again = page.endpoint("ask_again")
-    data = page.honest(again)
-    data[0] = state
-    assert "othing has been asked yet" in page.call(again, data)[1]
+    for data in (page.honest(again), [*page.honest(again), state]):
+        assert "othing has been asked yet" in page.call(again, data)[1]
 
 
-def test_the_state_is_not_sent_back_either(page, unharmed):
-    forget = page.endpoint("forget")
-    session = secrets.token_hex(8)
-    assert json.loads(page.call(forget, [], session_hash=session)[1])["data"][0] is None
-    link = page.http.get("gradio_api/deep_link", params={"session_hash": session}).json()
-    config = page.http.get("config", params={"deep_link": link}).json()
-    states = [part for part in config["components"] if part["type"] == "state"]
-    assert states
-    assert all(part["props"].get("value") in (None, [], "") for part in states)
+def test_no_state_is_kept_in_the_browser_or_by_a_connection(page):
+    config = page.http.get("config").json()
+    assert not any(part["type"] == "state" for part in config["components"])
+    assert config["connect_heartbeat"] is False
 
 
-def test_the_known_rows_of_the_table_cannot_be_sent(page, unharmed):
+@pytest.mark.parametrize("known", [None, "", "x", "x y", [["one"]], 5, {"a": 1}])
+def test_the_known_rows_of_the_table_are_only_compared(page, unharmed, known):
     refresh = page.endpoint("refresh")
-    rows = json.loads(page.call(refresh, [None, []], session_hash="first")[1])["data"][0]["data"]
-    again = json.loads(page.call(refresh, [rows, []], session_hash="second")[1])["data"][0]["data"]
-    assert [row[0] for row in again] == [row[0] for row in rows] == ["two", "one"]
+    answer = json.loads(page.call(refresh, [known, []])[1])["data"]
+    assert [row[0] for row in answer[0]["data"]] == ["two", "one"]
+    unchanged = json.loads(page.call(refresh, [answer[1], []])[1])["data"]
+    assert unchanged == [{"__type__": "update"}] * len(unchanged)
 
 
 # -- uploads --

@@ -230,8 +230,13 @@ def test_an_ipv6_address_works_too(tmp_path):
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
     """A server that others can reach, with a login; it knows a token of the Hub."""
-    environment = {"GAPO_LITE_AUTH": f"{USER}:{PASSWORD}", "HF_TOKEN": TOKEN}
     folder = tmp_path_factory.mktemp("locked")
+    (folder / "tmp").mkdir()
+    environment = {
+        "GAPO_LITE_AUTH": f"{USER}:{PASSWORD}",
+        "HF_TOKEN": TOKEN,
+        "TMPDIR": str(folder / "tmp"),
+    }
     with serving(folder, tiny_model.parent, "--host", "0.0.0.0", environment=environment) as server:
         yield server
 
@@ -429,29 +434,23 @@ def test_the_page_ends_at_once_and_leaves_the_training_alone(locked, tiny_settin
             assert answer.headers["content-type"].startswith("text/event-stream")
             assert next(answer.iter_lines())
         assert locked.process is not None
-        temporary = temporary_folder(locked.process.pid)
-        assert temporary.is_dir()
+        assert len(temporary_folders(locked)) == 1
         asked = time.monotonic()
         locked.process.send_signal(signal.SIGTERM)
         assert locked.process.wait(30) == 0
     seconds = time.monotonic() - asked
     print(f"\nthe page ended {seconds:.1f} s after SIGTERM, with two viewers")
     assert seconds < MAX_END_S * crowd()
-    assert not temporary.exists(), sorted(temporary.rglob("*"))
+    assert temporary_folders(locked) == []
 
     count = len(locked.metrics("long"))
     wait_until(lambda: len(locked.metrics("long")) > count + 5)
     assert jobs.active(locked.runs_dir) == "long"
 
 
-def temporary_folder(pid: int) -> Path:
-    """Where a running page keeps uploads: the one folder of its kind that it has open or made."""
-    made = [
-        path
-        for path in Path("/tmp").glob("gapo-lite-page-*")
-        if path.stat().st_ctime >= Path(f"/proc/{pid}").stat().st_ctime - 1
-    ]
-    return max(made, key=lambda path: path.stat().st_ctime)
+def temporary_folders(server: Server) -> list[Path]:
+    """Where a page keeps uploads and downloads while it runs."""
+    return sorted((server.folder / "tmp").glob("gapo-lite-page-*"))
 
 
 def test_the_next_page_finds_it_stops_it_and_hands_out_its_adapter(locked):
