@@ -79,16 +79,10 @@ def serve(
         for folder in (runs_dir, data_dir):
             _make_folder(folder)
         _ask_no_proxy_for(host)
-        url, end = launch(
-            host=host,
-            port=port,
-            runs_dir=runs_dir,
-            data_dir=data_dir,
-            models_dir=models_dir,
-            login=login,
-            names=name or [],
-            max_upload_mb=max_upload_mb,
-        )
+        from app.services import Services  # takes a second: last
+
+        services = Services.over(runs_dir=runs_dir, data_dir=data_dir, models_dir=models_dir)
+        url, end = launch(services, host, port, login, name or [], max_upload_mb * 1_000_000)
     except GapoError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -100,17 +94,22 @@ def serve(
 
 
 def launch(
-    *,
+    services: Services,
     host: str,
     port: int,
-    runs_dir: Path,
-    data_dir: Path,
-    models_dir: Path,
     login: tuple[str, str] | None,
     names: list[str],
-    max_upload_mb: int,
+    max_upload: int,
 ) -> tuple[str, Callable[[], None]]:
     """Starts the server in the background; returns its address and what ends it.
+
+    Args:
+        services: what the page is over.
+        host: address to listen on.
+        port: the same.
+        login: user and password, None for no login.
+        names: further names that the page is reached by.
+        max_upload: bytes.
 
     Raises:
         ConfigError: the port is in use.
@@ -119,10 +118,8 @@ def launch(
 
     from app import theme
     from app.live import live_endpoint
-    from app.services import Services
     from app.ui import build_app
 
-    services = Services.over(runs_dir=runs_dir, data_dir=data_dir, models_dir=models_dir)
     demo = build_app(services)
     try:
         _, url, _ = demo.launch(
@@ -130,9 +127,9 @@ def launch(
             server_port=port,
             auth=login,
             auth_message="GaPO-Lite" if login else None,
-            max_file_size=max_upload_mb * 1_000_000,
+            max_file_size=max_upload,
             app_kwargs={
-                "lifespan": _guarding(host, names, max_upload_mb * 1_000_000),
+                "lifespan": _guarding(host, names, max_upload),
                 "routes": [Route("/live", live_endpoint(services))],
             },
             theme=theme.theme(),

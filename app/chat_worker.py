@@ -35,6 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.children import own_stdout
 from gapo_lite.errors import GapoError
 from gapo_lite.runs import Run
 
@@ -72,27 +73,12 @@ class _Speaker:
 def main() -> None:
     """Answers until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's: this ends with it
-    reply = _own_stdout()
+    reply = own_stdout()
     jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(jobs,), daemon=True).start()
     speaker = _Speaker(Path(sys.argv[1]))
     while True:
         _serve(jobs.get(), speaker, reply)
-
-
-def _own_stdout() -> Reply:
-    """Keeps stdout for the replies; what libraries print goes to stderr, also from C."""
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-
-    def reply(fields: dict[str, Any]) -> None:
-        try:
-            replies.write(json.dumps(fields).encode() + b"\n")
-            replies.flush()
-        except BrokenPipeError:  # the server is gone
-            os._exit(0)
-
-    return reply
 
 
 def _read(jobs: queue.SimpleQueue[_Job]) -> None:

@@ -1,10 +1,14 @@
-"""What a child process may know of the server's environment, and what of its words may be shown."""
+"""What a child process may know of the server's environment, how it speaks to the server, and what
+of its words may be shown."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gapo_lite.terminal import visible
 
@@ -43,6 +47,23 @@ def environment() -> dict[str, str]:
     passed = {name: value for name, value in os.environ.items() if _PASSED_ON.fullmatch(name)}
     paths = [str(_ROOT), *filter(None, [passed.get("PYTHONPATH")])]
     return passed | {"PYTHONPATH": os.pathsep.join(paths)}  # the page may run from any folder
+
+
+def own_stdout() -> Callable[[dict[str, Any]], None]:
+    """Called in a child: keeps stdout for messages, a line of JSON each, and returns what writes
+    one. What libraries print goes to stderr from here on, also from C. Where the server has gone,
+    so does the child."""
+    messages = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+
+    def tell(message: dict[str, Any]) -> None:
+        try:
+            messages.write(json.dumps(message).encode() + b"\n")
+            messages.flush()
+        except BrokenPipeError:
+            os._exit(1)
+
+    return tell
 
 
 def cleaned(text: str) -> str:

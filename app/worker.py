@@ -30,7 +30,7 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from app.children import environment
+from app.children import environment, own_stdout
 from gapo_lite.data import data_fingerprint, load_pairs
 from gapo_lite.ef import cache as ef_cache
 from gapo_lite.ef import check_options
@@ -151,7 +151,7 @@ def _model_state(model: str) -> list[object]:
 
 def main() -> None:
     """Does one task."""
-    tell = _own_stdout()
+    tell = own_stdout()
     arguments = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
@@ -238,21 +238,6 @@ def _load(arguments: dict[str, Any]) -> list[PreferencePair]:
     if data_fingerprint(pairs) != arguments["fingerprint"]:
         raise DataError(f"{arguments['source']!r} has changed since it was opened: open it again.")
     return pairs
-
-
-def _own_stdout() -> Callable[[dict[str, Any]], None]:
-    """Keeps stdout for the messages; what libraries print goes to stderr, also from C."""
-    messages = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-
-    def tell(message: dict[str, Any]) -> None:
-        try:
-            messages.write(json.dumps(message).encode() + b"\n")
-            messages.flush()
-        except BrokenPipeError:  # the server is gone
-            os._exit(1)
-
-    return tell
 
 
 def _end_with_stdin() -> None:

@@ -17,16 +17,7 @@ from app.tabs.downloads import wire_download
 from app.tabs.train import TrainTab
 from gapo_lite.errors import GapoError
 
-MIRRORED = (
-    "objective.name",
-    "ef.metric",
-    "margin.mapping",
-    "margin.normalization",
-    "margin.gamma",
-    "objective.beta",
-    "margin.ef_floor",
-    "objective.margin_scale",
-)
+MIRRORED = (*forms.MAIN[:6], "margin.ef_floor", "objective.margin_scale")
 """Settings that stand in this tab too: what is changed here changes in the form, and back."""
 
 
