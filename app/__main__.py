@@ -87,7 +87,7 @@ def serve(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     typer.echo(f"GaPO-Lite is at {url}  (Ctrl-C ends the page; training goes on)")
-    if open_browser:
+    if open_browser and _has_screen():
         webbrowser.open(url)
     _wait_for_the_end()
     end()
@@ -157,6 +157,7 @@ def launch(
 
     def end() -> None:
         services.voices.unload("the page is being closed")
+        services.evaluations.end()
         demo.close(verbose=False)
 
     return url, end
@@ -242,6 +243,13 @@ def _ask_no_proxy_for(host: str) -> None:
     known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     direct = ",".join(filter(None, [known, "localhost,127.0.0.1,::1", host]))
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = direct
+
+
+def _has_screen() -> bool:
+    """Whether a browser would open beside the terminal, not in it."""
+    return sys.platform != "linux" or bool(
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    )
 
 
 def _wait_for_the_end() -> None:

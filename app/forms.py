@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -153,7 +154,13 @@ def preset(label: str) -> RunConfig:
 
 
 def command(config: RunConfig, runs_dir: Path, name: str = "") -> str:
-    """The shell command that trains exactly this: the nearest recipe and what differs from it."""
+    """The shell command that trains exactly this: the nearest recipe and what differs from it.
+
+    Args:
+        config: what the form says.
+        runs_dir: folder of all runs.
+        name: of the run; "" for the default.
+    """
     recipe, differences = min(
         (
             (file, differing_settings(config, load_config(RECIPES / file)))
@@ -161,11 +168,11 @@ def command(config: RunConfig, runs_dir: Path, name: str = "") -> str:
         ),
         key=lambda candidate: len(candidate[1]),
     )
-    words = ["gapo-lite", "train", _portable(RECIPES / recipe)]
+    program = Path(sys.executable).parent / "gapo-lite"  # need not be on the PATH
+    words = [_portable(program), "train", _portable(RECIPES / recipe)]
     for key, (value, _) in differences.items():
         words += ["--set", f"{key}={_yaml_value(value)}"]
-    if name:
-        words += ["--name", name]
+    words += ["--name", name or default_name(config)]
     if runs_dir != Path("runs"):
         words += ["--runs-dir", str(runs_dir)]
     return shlex.join(words)

@@ -10,7 +10,7 @@ train, read and delete through that browser. One ASGI middleware in front of eve
     Origin    where the browser sends one, it must be the page's own
     /file=…   never an address
     login     where there is one, nothing is told before it, and the page that asks is our own
-    guesses   at its password: no more than five wrong ones a minute, from all people together
+    guesses   at its password: no more than MAX_GUESSES wrong ones in GUESSING_TIME, from all people
     length    no more than an upload may have, and far less where nothing is uploaded
     answers   carry a Content-Security-Policy, so that nothing is loaded from anywhere else
 """

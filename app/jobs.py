@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -278,11 +277,11 @@ def rename(runs_dir: Path, old: str, new: str) -> None:
     with _changing(runs_dir), _at_rest(runs_dir, old) as run:
         check_name(new)
         free_name(runs_dir, new, "run")
+        job, new_job = job_folder(runs_dir, old), job_folder(runs_dir, new)
+        if new_job.exists():  # of a run that has no folder yet, or failed before it had one
+            raise RunError(f"the name {new} is in use: choose another one, or delete that run.")
         if is_run(run):  # the empty folder, which is then replaced, takes the name
             run.path.rename(create_run(runs_dir, new, "run").path)
-        job, new_job = job_folder(runs_dir, old), job_folder(runs_dir, new)
-        if new_job.exists():  # of a run that failed before it had a folder
-            shutil.rmtree(new_job)
         if job.exists():
             job.rename(new_job)
 
@@ -377,7 +376,7 @@ def _launch(runs_dir: Path, name: str, config: RunConfig | None) -> None:
     make_empty(folder)
     with (
         telling_disk_errors(folder),
-        file_lock(folder / "lock") as lock,
+        file_lock(folder / "lock", patience=_PATIENCE) as lock,  # who looks has it for a moment
         (folder / "output.log").open("wb") as output,
     ):
         if config is not None:

@@ -18,7 +18,10 @@ from gapo_lite.errors import GapoError
 logger = logging.getLogger(__name__)
 
 _OURS = "Something went wrong on the server's side; what exactly stands in its log."
-_FORGED = "What was sent is not what this input holds. Reload the page, then try again."
+_FORGED = (
+    "What was sent is not what this input holds, or what was chosen is not there any more. Choose "
+    "again, or reload the page."
+)
 _LONGEST = 2000  # characters of a notice
 
 
@@ -36,7 +39,8 @@ class CalmBlocks(gr.Blocks):
             return await super().preprocess_data(block_fn, inputs, *args)
         except Exception as error:
             logger.warning("input of %s was refused: %s", block_fn.api_name, type(error).__name__)
-            text = error.message if isinstance(error, gr.Error) else _FORGED
+            own = error.message if isinstance(error, gr.Error) else ""
+            text = own if own and "in the list of choices" not in own else _FORGED
             raise _refusal(text) from None
 
 

@@ -13,6 +13,7 @@ from app.notices import as_html
 from app.pairs import PairSet, overview, split_of
 from gapo_lite.config import RunConfig
 from gapo_lite.ef import EVALUATION_FACTORS
+from gapo_lite.errors import GapoError
 from gapo_lite.lengths import cut
 
 if TYPE_CHECKING:
@@ -118,9 +119,7 @@ def lengths(services: Services, config: RunConfig) -> str:
     """How long the pairs are in the model's tokens, and what the limits cut."""
     try:
         counted = services.data.lengths(config)
-    except (
-        Exception
-    ) as error:  # of a model that is not usable here: the form says so when it counts
+    except GapoError as error:  # a model that is not usable here: the form says so, too
         return views.subtle(str(error))
     if counted is None:
         return views.subtle("Tokens are not counted yet: press Count tokens.")

@@ -11,6 +11,7 @@ shown by `browser`. Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -64,7 +65,8 @@ class PairSets:
         return self._sets.find((source, split, _file_state(source))) is not None
 
     def _load(self, source: str, split: str) -> PairSet:
-        with self._loading:
+        is_local = Path(source).exists()  # a download, which may take long, keeps nobody waiting
+        with self._loading if is_local else contextlib.nullcontext():
             return _load(source, split)
 
 
@@ -169,7 +171,7 @@ class Overview:
     Attributes:
         num_pairs: usable rows.
         columns: as found.
-        shape: the one recognised (a key of FORMATS), and `shape_columns` in words.
+        shape_columns: the shape that was recognised, in words.
         problems: the first MAX_PROBLEMS unusable rows of `num_problems`.
         num_duplicates: pairs that repeat an earlier one.
         num_equal: pairs whose chosen and rejected are the same text.
@@ -179,7 +181,6 @@ class Overview:
 
     num_pairs: int
     columns: list[str]
-    shape: str
     shape_columns: str
     problems: list[Problem]
     num_problems: int
@@ -196,7 +197,6 @@ def overview(pair_set: PairSet) -> Overview:
     return Overview(
         num_pairs=len(pair_set),
         columns=loaded.columns,
-        shape=loaded.shape,
         shape_columns=FORMATS[loaded.shape].columns,
         problems=loaded.problems[:MAX_PROBLEMS],
         num_problems=len(loaded.problems),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,34 +52,69 @@ def adapter_archive(run: Run) -> str:
     return archive
 
 
-def evaluate(run: Run) -> dict[str, Any]:
-    """Scores the held-out pairs with the base model and the tuned one; the result is kept.
+class Evaluations:
+    """Comparisons of base and tuned, which need the GPU; one at a time, and a training ends it."""
 
-    Raises:
-        RunError: nothing is saved or held out, or the model or data are not usable.
-    """
-    run.trained_adapter()
-    with tempfile.TemporaryDirectory(prefix="gapo-lite-") as folder:
-        out = Path(folder) / COMPARISON
-        _command(run, "evaluate", "--json", str(out))
-        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    run.write(COMPARISON, found)
-    return found
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def is_running(self) -> bool:
+        """Whether one is being made."""
+        process = self._process
+        return process is not None and process.poll() is None
+
+    def end(self) -> None:
+        """Ends the one that is being made, if any."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def evaluate(self, run: Run) -> dict[str, Any]:
+        """Scores the held-out pairs with the base model and the tuned one; the result is kept.
+
+        Raises:
+            RunError: nothing is saved or held out, the model or data are not usable, one is being
+                made already, or a training has ended it.
+        """
+        run.trained_adapter()
+        if self.is_running():
+            raise RunError("another comparison is being made: wait for its end.")
+        with tempfile.TemporaryDirectory(prefix="gapo-lite-") as folder:
+            out = Path(folder) / COMPARISON
+            process = self._process = _started(run, "evaluate", "--json", str(out))
+            _wait_for(process, "evaluate")
+            found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        run.write(COMPARISON, found)
+        return found
 
 
 def _command(run: Run, command: str, *options: str) -> None:
     """`gapo-lite COMMAND RUN …`; what it says of a failure is raised."""
-    done = subprocess.run(
+    _wait_for(_started(run, command, *options), command)
+
+
+def _started(run: Run, command: str, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [
             *(sys.executable, "-m", "gapo_lite", command, run.name),
             *("--runs-dir", str(run.path.parent), *options),
         ],
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
         errors="replace",
         env=environment(),
     )
-    if done.returncode:
-        words = cleaned(done.stderr).strip().rpartition("error: ")[2]
+
+
+def _wait_for(process: subprocess.Popen[str], command: str) -> None:
+    _, said = process.communicate()
+    if process.returncode == -signal.SIGKILL:
+        raise RunError(
+            f"the process for {command} was ended: by a training that needed its GPU, or because "
+            "memory ran out."
+        )
+    if process.returncode:
+        words = cleaned(said).strip().rpartition("error: ")[2]
         raise RunError(words[:1000] or f"the process for {command} ended without a word.")

@@ -24,13 +24,12 @@ from app.places import Places
 from app.run_table import run_row
 from app.talks import Settings, Talk
 from app.voices import Voices
-from app.votes import Duels
+from app.votes import Duels, tally
 from gapo_lite.checkpoints import list_checkpoints
 from gapo_lite.config import RunConfig, differing_settings, load_config
 from gapo_lite.errors import ConfigError, GapoError, RunError
 from gapo_lite.runs import Run, check_name
 
-EXPORTS = Path("exports")
 MAX_YAML_BYTES = 1_000_000
 
 
@@ -43,6 +42,7 @@ class Services:
         data: the data side.
         voices: the chat model's process.
         duels: blind comparisons that wait for a vote.
+        evaluations: comparisons of base and tuned.
         has_gpu: whether training and chat would share a GPU.
     """
 
@@ -50,20 +50,23 @@ class Services:
     data: DataServices
     voices: Voices
     duels: Duels
+    evaluations: results.Evaluations
     has_gpu: bool
 
     @classmethod
     def over(cls, *, runs_dir: Path, data_dir: Path, models_dir: Path) -> Services:
         """The services over these folders."""
+        evaluations = results.Evaluations()
         return cls(
             runs_dir=runs_dir,
             data=DataServices(Places(data_dir, models_dir), PairSets()),
             voices=Voices(
                 runs_dir,
                 runs_dir / ".jobs" / "chat.log",
-                partial(_why_gpu_is_taken, runs_dir) if gpu_is_here() else str,
+                partial(_why_gpu_is_taken, runs_dir, evaluations) if gpu_is_here() else str,
             ),
             duels=Duels(),
+            evaluations=evaluations,
             has_gpu=gpu_is_here(),
         )
 
@@ -94,8 +97,10 @@ class Services:
         self.give_way()
 
     def give_way(self) -> None:
-        """Ends the chat model where a training, whoever started it, needs its GPU."""
-        if self.has_gpu and self.voices.loaded() and jobs.active(self.runs_dir):
+        """Ends what else is on the GPU where a training, whoever started it, needs it."""
+        is_used = self.voices.loaded() or self.evaluations.is_running()
+        if self.has_gpu and is_used and jobs.active(self.runs_dir):
+            self.evaluations.end()
             self.voices.unload()
 
     def stop(self, name: str) -> None:
@@ -245,7 +250,7 @@ class Services:
         Raises:
             RunError: it cannot be written.
         """
-        return results.export_merged(self.run(name), EXPORTS)
+        return results.export_merged(self.run(name), self.runs_dir.parent / "exports")
 
     def adapter_archive(self, name: str) -> str:
         """A .zip of a run's adapter for download.
@@ -261,19 +266,20 @@ class Services:
         Raises:
             RunError: there is no such run.
         """
-        return self.run(name).read(results.COMPARISON)
+        jobs.report(self.runs_dir, name)
+        return Run(self.runs_dir / name).read(results.COMPARISON)
 
     def evaluate(self, name: str) -> dict[str, Any]:
-        """Compares base and tuned on the held-out pairs; see results.evaluate.
+        """Compares base and tuned on the held-out pairs; see results.Evaluations.
 
         Raises:
             RunError: it cannot be done, or training has the GPU.
         """
         run = self.run(name)
-        if self.has_gpu and (refusal := _why_gpu_is_taken(self.runs_dir)):
+        if self.has_gpu and (refusal := _why_gpu_is_taken(self.runs_dir, self.evaluations)):
             raise RunError(refusal)
         self.voices.unload("the model has given way to an evaluation")
-        return results.evaluate(run)
+        return self.evaluations.evaluate(run)
 
     # -- chat --
 
@@ -307,6 +313,15 @@ class Services:
             raise ConfigError("there is nothing to vote on yet: ask something in the blind mode.")
         return talks.vote(self.duels, Run(self.runs_dir / talk.voice), talk, choice)
 
+    def votes_of(self, voice: str) -> str:
+        """How the blind votes on a run stand, in a sentence; "" for a model or without any.
+
+        Raises:
+            GapoError: there is no such run or model.
+        """
+        name, is_run = self._voice(voice)
+        return tally(Run(self.runs_dir / name)).sentence if is_run else ""
+
     def _voice(self, voice: str) -> tuple[str, bool]:
         """Name of a run or a model, and which it is."""
         if not isinstance(voice, str) or not voice:
@@ -331,15 +346,17 @@ def gpu_is_here() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
-def _why_gpu_is_taken(runs_dir: Path) -> str:
-    """A sentence while a run is being trained, on the one GPU that there is."""
+def _why_gpu_is_taken(runs_dir: Path, evaluations: results.Evaluations) -> str:
+    """A sentence while a run is being trained or compared, on the one GPU that there is."""
     name = jobs.active(runs_dir)
+    if name is None and evaluations.is_running():
+        return "a run is being compared with its base on this GPU. Ask again when that has ended."
     if name is None:
         return ""
     now = jobs.report(runs_dir, name)
     return (
         f"the run {name} is being trained on this GPU (step {now.step} of {now.total or '?'}), and "
-        "another model beside it would take its memory. This waits until it has ended or is "
+        "another model beside it would take its memory. Ask again when it has ended or is "
         "stopped."
     )
 

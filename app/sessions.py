@@ -1,4 +1,4 @@
-"""What the server remembers of a browser's window while it is open.
+"""What the server remembers of the browser windows that it has heard of last.
 
 gr.State would do the same, but makes every window hold a connection of its own all the time, and a
 browser opens six to one address: with a few windows of a run in sight, the next would stay empty.
@@ -31,17 +31,31 @@ class Sessions(Generic[T]):
     def get(self, session: str | None) -> T:
         """The window's value; a new one where it has none, or says not who it is."""
         with self._lock:
-            if session is None or session not in self._values:
+            if session is None:
                 return self._new()
-            self._values.move_to_end(session)
-            return self._values[session]
+            value = self._values.setdefault(session, self._new())
+            self._tidy(session)
+            return value
 
     def put(self, session: str | None, value: T) -> None:
         """Remembers the window's value."""
         with self._lock:
+            if session is not None:
+                self._values[session] = value
+                self._tidy(session)
+
+    def replace(self, session: str | None, old: T, new: T) -> bool:
+        """Remembers `new` where `old`, the very object, is still the window's value; says whether
+        it was. So what has been ended or begun anew meanwhile stays so."""
+        with self._lock:
             if session is None:
-                return
-            self._values[session] = value
-            self._values.move_to_end(session)
-            while len(self._values) > self._most:
-                self._values.popitem(last=False)
+                return True
+            if self._values.get(session) is not old:
+                return False
+            self._values[session] = new
+            return True
+
+    def _tidy(self, newest: str) -> None:
+        self._values.move_to_end(newest)
+        while len(self._values) > self._most:
+            self._values.popitem(last=False)

@@ -125,6 +125,8 @@ class Conversation:
     tell: Callable[[str], None] = note
     turns: list[Message] = field(default_factory=list)
     asked: list[Message] = field(default_factory=list)
+    _num_forgotten: int = 0  # turns
+    _seed: int = 0  # of the last answer
 
     def ask(self, question: str) -> Generator[str, None, None]:
         """Pieces of the answer; what there is of it when the generator is closed is kept as a turn.
@@ -132,9 +134,10 @@ class Conversation:
         Raises:
             GapoError: the question does not fit, or the chat template refuses the conversation.
         """
-        self.asked = self._fitting([*self.turns, {"role": "user", "content": question}])
+        self.asked, self._seed = self._fitting(question)
+        self._num_forgotten += len(self.turns) + 1 - len(self.asked)
         text = ""
-        with closing(self._stream(self.asked)) as pieces:
+        with closing(self._stream(self.asked, self._seed)) as pieces:
             try:
                 for piece in pieces:
                     text += piece
@@ -158,19 +161,15 @@ class Conversation:
             raise ConfigError(
                 "nothing has been asked yet: ask a question first, or write /base QUESTION."
             )
-        turns = (
-            self._fitting([*self.turns, {"role": "user", "content": question}])
-            if question
-            else self.asked
-        )
-        with tuned.disable_adapter(), closing(self._stream(turns)) as pieces:
+        turns, seed = self._fitting(question) if question else (self.asked, self._seed)
+        with tuned.disable_adapter(), closing(self._stream(turns, seed)) as pieces:
             yield from pieces
 
     def reset(self) -> None:
         """Forgets all turns; the system message stays."""
-        self.turns, self.asked = [], []
+        self.turns, self.asked, self._num_forgotten = [], [], 0
 
-    def _stream(self, turns: list[Message]) -> Generator[str, None, None]:
+    def _stream(self, turns: list[Message], seed: int) -> Generator[str, None, None]:
         yield from stream_answer(
             self.voice.model,
             self.voice.tokenizer,
@@ -178,17 +177,19 @@ class Conversation:
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            seed=self.seed + len(turns) // 2,
+            seed=seed,
         )
 
     def _with_system(self, turns: list[Message]) -> list[Message]:
         return [{"role": "system", "content": self.system}, *turns] if self.system else turns
 
-    def _fitting(self, turns: list[Message]) -> list[Message]:
-        """The turns without the oldest questions and answers that the context has no room for."""
-        kept = turns
+    def _fitting(self, question: str) -> tuple[list[Message], int]:
+        """The turns with the question, without the oldest questions and answers that the context
+        has no room for; and the seed of the answer, for which the forgotten ones count too."""
+        turns = kept = [*self.turns, {"role": "user", "content": question}]
+        seed = self.seed + (self._num_forgotten + len(turns)) // 2
         if self.voice.context is None:
-            return kept
+            return kept, seed
         while (length := self._num_tokens(kept)) + self.max_tokens > self.voice.context:
             if len(kept) == 1:
                 raise DataError(
@@ -202,7 +203,7 @@ class Conversation:
                 f"(the conversation no longer fits into {self.voice.context} tokens: the oldest "
                 f"{dropped} turns are forgotten)"
             )
-        return kept
+        return kept, seed
 
     def _num_tokens(self, turns: list[Message]) -> int:
         text = render_prompt(self.voice.tokenizer, self._with_system(turns))

@@ -123,6 +123,22 @@ def test_the_oldest_turns_are_dropped_when_the_context_is_full(voice):
     assert "no longer fits into 96 tokens: the oldest 2 turns are forgotten" in told[0]
 
 
+def test_forgotten_turns_leave_the_draws_as_they_are(voice, monkeypatch):
+    seeds = []
+
+    def answer(*args, seed, **kwargs):
+        seeds.append(seed)
+        yield "word " * 30
+
+    monkeypatch.setattr(chat, "stream_answer", answer)
+    conversation = Conversation(replace(voice, context=96), max_tokens=16, seed=7)
+    for number in range(5):
+        "".join(conversation.ask(f"Question {number} about the weather in the mountains?"))
+        "".join(conversation.ask_base())
+    assert len(conversation.turns) < 10
+    assert seeds == [7, 7, 8, 8, 9, 9, 10, 10, 11, 11]
+
+
 def test_a_question_longer_than_the_context_is_refused_and_the_talk_goes_on(voice):
     conversation = Conversation(replace(voice, context=64), max_tokens=16)
     with pytest.raises(DataError, match=r"reads 64 tokens at once\. Shorten"):

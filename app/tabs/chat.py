@@ -75,31 +75,35 @@ def build(services: Services, tab: gr.Tab) -> None:
     def answer(
         request: gr.Request, text: str, who: str, how: str, *drawn: Any
     ) -> Iterator[tuple[Any, ...]]:
-        yield from grow(request, known.get(request.session_hash), text, who, how, *drawn)
+        talk = known.get(request.session_hash)
+        yield from grow(request, talk, talk, text, who, how, *drawn)
 
     @calm
     def answer_again(
         request: gr.Request, who: str, how: str, *drawn: Any
     ) -> Iterator[tuple[Any, ...]]:
-        shorter, text = talks.again(known.get(request.session_hash))
-        yield from grow(request, shorter, text, who, how, *drawn)
+        talk = known.get(request.session_hash)
+        shorter, text = talks.again(talk)
+        yield from grow(request, talk, shorter, text, who, how, *drawn)
 
     def grow(
-        request: gr.Request, talk: Talk, text: str, who: str, how: str, *drawn: Any
+        request: gr.Request, last: Talk, talk: Talk, text: str, who: str, how: str, *drawn: Any
     ) -> Iterator[tuple[Any, ...]]:
         emptied: Any = ""  # once: what is typed meanwhile stays
         for grown in services.answer(talk, who, how, text, _settings(*drawn)):
-            known.put(request.session_hash, grown)
+            if not known.replace(request.session_hash, last, grown):
+                return  # it was ended, or another question was asked
+            last = grown
             yield talks.html(grown), emptied, gr.update(visible=bool(grown.duel)), ""
             emptied = gr.skip()
 
+    @calm
     def settle(request: gr.Request) -> Any:
         """After every answer, since one that was stopped could not say so itself."""
         talk = known.get(request.session_hash)
         ended = talks.stopped(talk)
-        if ended is talk:
+        if ended is talk or not known.replace(request.session_hash, talk, ended):
             return gr.skip()
-        known.put(request.session_hash, ended)
         return talks.html(ended)
 
     @calm
@@ -115,6 +119,11 @@ def build(services: Services, tab: gr.Tab) -> None:
         return cast
 
     @calm
+    def show_votes(who: str | None) -> str:
+        said = services.votes_of(who) if who else ""
+        return views.subtle(said) if said else ""
+
+    @calm
     def offer(chosen: str | None) -> Any:
         """Who can answer now; whoever was chosen already stays so."""
         choices = services.voice_choices()
@@ -122,6 +131,7 @@ def build(services: Services, tab: gr.Tab) -> None:
             gr.update(choices=choices) if chosen else gr.update(choices=choices, value=choices[0])
         )
 
+    @calm
     def forget(request: gr.Request) -> tuple[Any, ...]:
         known.put(request.session_hash, Talk())
         return _WELCOME, gr.update(visible=False), ""
@@ -160,6 +170,7 @@ def build(services: Services, tab: gr.Tab) -> None:
     # Ended first, then forgotten: `cancels` of one listener would end what is asked meanwhile too.
     clear.click(None, cancels=[asked, repeated])
     clear.click(forget, None, [screen, voting, verdict], queue=False, api_name="forget")
+    voice.change(show_votes, voice, verdict, show_progress="hidden", api_visibility="private")
     tab.select(offer, voice, voice, show_progress="hidden", api_visibility="private")
 
 

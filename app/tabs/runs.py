@@ -117,6 +117,11 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
         return gr.update(choices=names, value=row[0])
 
     @calm
+    def show_live(name: str | None) -> tuple[Any, ...]:
+        services.run(name or "")
+        return gr.update(selected="train"), gr.update(choices=services.run_names(), value=name)
+
+    @calm
     def resume_it(name: str) -> None:
         services.resume(name)
         say(f"{name} goes on.")
@@ -187,7 +192,7 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
     tab.select(lambda: gr.Timer(active=True), None, clock, api_visibility="private", **quiet)
     rows.select(choose, None, chosen, api_visibility="private", **quiet)
     watch.click(
-        lambda name: (gr.update(selected="train"), gr.update(value=name)),
+        show_live,
         chosen,
         [tabs, trained.watched],
         api_visibility="private",

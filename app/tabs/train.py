@@ -200,6 +200,7 @@ def _wire_form(
     def values(given: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip(keys, given, strict=True))
 
+    @calm
     def summarise(name: Any, *given: Any) -> tuple[Any, ...]:
         try:
             return _summary(services, forms.config_of(values(given)), name)

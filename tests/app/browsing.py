@@ -106,10 +106,15 @@ def choose_file(page: Any, button: str, *files: Any) -> None:
 
 
 def enter(panel: Any, label: str, value: object) -> None:
-    """Types into a field and leaves it."""
+    """Types into a field and leaves it; tried again where the page has only just drawn it."""
     field = panel.get_by_label(label, exact=True)
-    field.fill(str(value))
-    field.press("Tab")
+    for _ in range(4):
+        field.fill(str(value))
+        field.press("Tab")
+        panel.page.wait_for_timeout(300)
+        if field.input_value() == str(value):
+            return
+    raise AssertionError(f"{label} does not keep {value!r}")
 
 
 def expect_notice(page: Any, words: str | re.Pattern[str]) -> None:

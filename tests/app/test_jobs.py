@@ -553,6 +553,30 @@ def test_a_run_is_renamed_to_a_free_name_only(runs_dir, forged_stop):
     assert jobs.report(runs_dir, "New.1").step == 3
 
 
+def test_a_name_that_a_run_without_folder_has_is_in_use(runs_dir, program, forged_stop):
+    program("echo 'error: no'; exit 2")
+    jobs.start(RunConfig(), runs_dir, "early")
+    wait_for_end(runs_dir, "early")
+    for old in ("old", "early"):
+        with pytest.raises(RunError, match="in use"):
+            jobs.rename(runs_dir, old, "early")
+    assert set(jobs.names(runs_dir)) == {"early", "old"}
+    assert jobs.report(runs_dir, "early").message == "no"
+    jobs.rename(runs_dir, "early", "later")
+    assert set(jobs.names(runs_dir)) == {"later", "old"}
+
+
+def test_a_run_that_prepares_keeps_its_name(runs_dir, program, forged_stop):
+    program("sleep 30")
+    jobs.start(RunConfig(), runs_dir, "new")
+    try:
+        with pytest.raises(RunError, match="in use"):
+            jobs.rename(runs_dir, "old", "new")
+        assert jobs.active(runs_dir) == "new"
+    finally:
+        jobs.kill(runs_dir, "new")
+
+
 @pytest.mark.parametrize("name", ["adapter", "config.yaml", "status.json", "start.lock", "x.job"])
 def test_a_run_may_have_the_name_of_a_file(runs_dir, program, name):
     program("echo 'error: no'")

@@ -137,6 +137,44 @@ def test_an_adapter_is_downloaded_with_its_model_card(page: Any) -> None:
     assert names >= {"adapter_model.safetensors", "adapter_config.json", "README.md"}
 
 
+def test_the_merged_model_is_exported(page: Any, server: Any) -> None:
+    panel = open_tab(page, "Runs")
+    choose(panel, "chosen run", "first")
+    panel.get_by_role("button", name="Export merged").click()
+    expect(panel).to_contain_text("The merged model is in", timeout=90_000)
+    merged = server.folder / "exports" / "first-merged"
+    AutoModelForCausalLM.from_pretrained(merged)
+    assert (merged / "README.md").is_file()
+
+
+def test_base_and_tuned_are_compared_on_the_heldout_pairs(page: Any, server: Any) -> None:
+    panel = open_tab(page, "Runs")
+    choose(panel, "chosen run", "second")
+    panel.get_by_role("button", name="Compare with base").click()
+    row = panel.get_by_role("row").filter(has_text=re.compile("^reward margin"))
+    expect(row).to_be_visible(timeout=90_000)
+    found = json.loads((server.runs_dir / "second" / "comparison.json").read_text())
+    for side in ("base", "tuned"):
+        expect(row).to_contain_text(f"{found[side]['rewards/margins']:.3f}")
+    choose(panel, "chosen run", "first")
+    expect(row).to_be_hidden()
+
+
+def test_a_run_that_began_after_the_page_was_opened_is_watched(
+    page: Any, copy_of: Callable[[str], Path]
+) -> None:
+    open_tab(page, "Train")
+    copy_of("late")
+    panel = open_tab(page, "Runs")
+    expect(in_table(panel, "late")).to_be_visible()
+    choose(panel, "chosen run", "late")
+    panel.get_by_role("button", name="Watch").click()
+    expect(page.get_by_role("tab", name="Train", selected=True)).to_be_visible()
+    form = page.get_by_role("tabpanel").filter(visible=True)
+    expect(form.get_by_label("run", exact=True)).to_have_value("late")
+    expect_state(page, "finished")
+
+
 def test_a_run_is_copied_to_a_new_form(page: Any, server: Any) -> None:
     panel = open_tab(page, "Runs")
     choose(panel, "chosen run", "second")
@@ -384,6 +422,7 @@ def test_a_long_answer_is_followed_unless_the_person_reads_further_up(chat: Any)
             if (window.below !== undefined || !said || said.textContent.length < 1000) return;
             window.below = turns.scrollHeight - turns.clientHeight - turns.scrollTop;
             turns.scrollTop = 40;
+            turns.dispatchEvent(new Event("scroll"));  // else a busy browser tells of it too late
         }).observe(document.body, { subtree: true, childList: true, characterData: true })"""
     )
     ask(chat, "Line\n" * 60)

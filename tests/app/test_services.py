@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +28,8 @@ DEMO = next(iter(forms.PRESETS))
 
 
 @pytest.fixture
-def served(tmp_path, tiny_model, monkeypatch) -> Iterator[Services]:
+def served(tmp_path, tiny_model) -> Iterator[Services]:
     """Services over empty folders; local models are those beside the tiny one."""
-    monkeypatch.setattr(services, "EXPORTS", tmp_path / "exports")
     (tmp_path / "runs").mkdir()
     (tmp_path / "data").mkdir()
     made = Services.over(
@@ -273,6 +274,42 @@ def test_base_and_tuned_are_compared_and_the_result_is_kept(served, forged):
     assert found["num_pairs"] == 6
     assert found["base"]["loss"] != found["tuned"]["loss"]
     assert served.known_comparison("one") == found
+
+
+def test_a_training_ends_a_comparison_on_the_same_gpu(served, forged, monkeypatch):
+    run = forged("one")
+    monkeypatch.setattr(services, "gpu_is_here", lambda: True)
+    with_gpu = Services.over(
+        runs_dir=served.runs_dir, data_dir=served.data.places.data_dir, models_dir=Path("models")
+    )
+    found = []
+
+    def compare():
+        with pytest.raises(RunError, match="ended") as refused:
+            with_gpu.evaluate("one")
+        found.append(str(refused.value))
+
+    comparing = threading.Thread(target=compare)
+    comparing.start()
+    while not with_gpu.evaluations.is_running():
+        time.sleep(0.01)
+    *_, last = with_gpu.answer(Talk(), "one", BLIND, "Why?", Settings())
+    assert "is being compared with its base on this GPU" in last.columns[0].remark
+    run.write("status.json", {"state": "running", "pid": 1, "step": 12, "total": 60})
+    with run.lock():
+        with_gpu.give_way()
+        comparing.join(20)
+    assert found
+    assert with_gpu.known_comparison("one") == {}
+
+
+def test_a_failed_run_without_settings_has_no_comparison(served):
+    job = served.runs_dir / ".jobs" / "early.job"
+    job.mkdir(parents=True)
+    (job / "config.yaml").write_text("")
+    (job / "job.json").write_text("{}")
+    (job / "output.log").touch()
+    assert served.known_comparison("early") == {}
 
 
 def test_a_run_without_adapter_is_not_exported(served, forged):

@@ -506,8 +506,8 @@ def test_the_process_gets_no_settings_of_gradio(voices, runs_dir, tmp_path, monk
 
 NOISY = """
 import os
-from app.chat_worker import _own_stdout
-reply = _own_stdout()
+from app.children import own_stdout
+reply = own_stdout()
 print("a library's print", flush=True)
 os.system("echo a program's")
 os.write(1, b"and C's\\n")
