@@ -33,7 +33,7 @@ class BrowsedPair:
         line: 1-based row of the source.
         part: "training", "held out" or "unused"; "" without a view.
         efs: every metric that is known of it.
-        gap, margin, reward_margin: None where EF is not known.
+        reward_margin: the target, None where EF is not known.
         chosen_rating, rejected_rating, strength: the data's own.
     """
 
@@ -45,8 +45,6 @@ class BrowsedPair:
     chosen: str
     rejected: str
     efs: dict[str, float]
-    gap: float | None
-    margin: float | None
     reward_margin: float | None
     chosen_rating: float | None
     rejected_rating: float | None
@@ -117,8 +115,6 @@ def _browsed(
         chosen=pair.chosen,
         rejected=pair.rejected,
         efs={name: ef for name, ef in efs.items() if ef is not None},
-        gap=known(view.gap if view else None),
-        margin=known(view.margin if view else None),
         reward_margin=known(view.reward_margin if view else None),
         chosen_rating=pair.chosen_rating,
         rejected_rating=pair.rejected_rating,

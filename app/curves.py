@@ -128,26 +128,16 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is; None is what is not known (yet).
+    """How far a run is and how fast; None is what is not known (yet).
 
     Attributes:
-        state: of `Run.state()`.
-        step, total: optimizer steps done and to do; total is 0 while the run starts.
-        fraction: step / total.
         eta_s: seconds to the end, evaluations to come included; only of a running run.
-        heartbeat_age_s: seconds since its process last said something.
         epoch: passes over the training pairs.
-        learning_rate, pairs_per_second, tokens_per_second, memory_gib: as last logged.
+        pairs_per_second, tokens_per_second, memory_gib: as last logged.
     """
 
-    state: str
-    step: int
-    total: int
-    fraction: float
     eta_s: float | None
-    heartbeat_age_s: float | None
     epoch: float | None
-    learning_rate: float | None
     pairs_per_second: float | None
     tokens_per_second: float | None
     memory_gib: float | None
@@ -205,6 +195,18 @@ class Summary:
     duration_s: float | None
 
 
+def check_view(axis: Axis, smoothing: float) -> None:
+    """Checks how a person wants curves drawn; anything may come from a browser.
+
+    Raises:
+        ConfigError: an unknown axis, or smoothing out of range.
+    """
+    if axis not in ("step", "epoch"):
+        raise ConfigError(f"the axis has to be step or epoch, but is {axis!r:.40}.")
+    if not 0 <= smoothing <= MAX_SMOOTHING:  # NaN is not either
+        raise ConfigError(f"smoothing has to be from 0 to {MAX_SMOOTHING}, but is {smoothing}.")
+
+
 def smooth(y: np.ndarray, strength: float) -> np.ndarray:
     """Debiased exponential moving average, as TensorBoard draws it.
 
@@ -220,13 +222,8 @@ def smooth(y: np.ndarray, strength: float) -> np.ndarray:
 
     Args:
         y: (N,) values.
-        strength: 0 (none) to 0.99.
-
-    Raises:
-        ConfigError: the strength is out of range.
+        strength: 0 (none) to MAX_SMOOTHING.
     """
-    if not 0 <= strength <= MAX_SMOOTHING:
-        raise ConfigError(f"smoothing must be from 0 to {MAX_SMOOTHING}, but is {strength}.")
     result = np.array(y, dtype=np.float64)
     finite = np.isfinite(result)
     values = ((1 - strength) * result[finite]).tolist()
@@ -257,8 +254,7 @@ def curve(
     Raises:
         ConfigError: an unknown axis, or smoothing out of range.
     """
-    if axis not in ("step", "epoch"):
-        raise ConfigError(f"the axis must be step or epoch, but is {axis!r}.")
+    check_view(axis, smoothing)
     x, raw = _points(history.training, key, axis)
     heldout_x, heldout_y = _points(history.evaluation, key, axis)
     raw = raw * scale
@@ -304,34 +300,29 @@ def progress(run: Run) -> Progress:
         GapoError: a file of the run is damaged.
     """
     status, history = _record(run, "status.json"), read_history(run)
-    train, state = history.training, run.state()
-    logged = [_last(rows, "step") or 0 for rows in (train, history.evaluation)]
-    step = int(max(_number(status, "step") or 0, *logged))
-    total = int(_number(status, "total") or 0)
-    beat = _number(status, "heartbeat")
-    age = None if beat is None else max(0.0, now() - beat)
+    train = history.training
     return Progress(
-        state=state,
-        step=step,
-        total=total,
-        fraction=min(1.0, step / total) if total else 0.0,
-        eta_s=_eta(run, history, step, total, age or 0.0) if state == "running" else None,
-        heartbeat_age_s=age,
+        eta_s=_eta(run, history, status) if run.state() == "running" else None,
         epoch=_last(train, "epoch"),
-        learning_rate=_last(train, "learning_rate"),
         pairs_per_second=_last(train, "pairs_per_second"),
         tokens_per_second=_last(train, "tokens_per_second"),
         memory_gib=_last(train, "memory_gib"),
     )
 
 
+def logged(columns: Columns, key: str) -> np.ndarray:
+    """The values of a number that are one, in their order; empty where it was never logged."""
+    values = columns.get(key, np.zeros(0))
+    return values[np.isfinite(values)]
+
+
 def ends(history: History, key: str) -> Ends | None:
     """How a number began (step 0 is the base model) and how it stands: by the evaluations where
     there are two, else by the training rows, else None."""
-    held = _finite(history.evaluation, key)
+    held = logged(history.evaluation, key)
     if len(held) >= 2:
         return Ends(float(held[0]), float(held[-1]), True)
-    rows = _finite(history.training, key)
+    rows = logged(history.training, key)
     if len(rows) < _ENDS_ROWS:
         return None
     few = min(_ENDS_MEAN_ROWS, len(rows) // 4)
@@ -391,31 +382,30 @@ def _number(record: dict[str, Any], key: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _finite(columns: Columns, key: str) -> np.ndarray:
-    values = columns.get(key, np.zeros(0))
-    return values[np.isfinite(values)]
-
-
 def _last(columns: Columns, key: str) -> float | None:
     """The newest row's value."""
     values = columns.get(key, np.zeros(0))[-1:]
     return float(values[0]) if np.isfinite(values).any() else None
 
 
-def _eta(run: Run, history: History, step: int, total: int, heartbeat_age_s: float) -> float | None:
+def _eta(run: Run, history: History, status: dict[str, Any]) -> float | None:
     """Steps to come at the recent pace, and evaluations to come. `pairs_per_second` leaves out
     evaluations and checkpoints, and so is true to the pace across them and across a resume."""
-    speeds = _finite(history.training, "pairs_per_second")[-_RECENT_ROWS:]
+    speeds = logged(history.training, "pairs_per_second")[-_RECENT_ROWS:]
+    total = int(_number(status, "total") or 0)
     if not len(speeds) or not total or not np.median(speeds) > 0:
         return None
     training = config_of(run).training
     pace = training.batch_size / float(np.median(speeds))
+    step = max(_number(status, "step") or 0, _last(history.training, "step") or 0)
     done = int(_last(history.evaluation, "step") or 0)
     pauses = total // training.eval_steps - done // training.eval_steps
     if total % training.eval_steps and done < total:
         pauses += 1  # the last step is always evaluated
-    left = (total - step) * pace + pauses * _pause(history, pace)
-    return max(0.0, left - min(heartbeat_age_s, pace))  # counts down between steps
+    left = (total - max(step, done)) * pace + pauses * _pause(history, pace)
+    beat = _number(status, "heartbeat")
+    silent_s = 0.0 if beat is None else max(0.0, now() - beat)
+    return max(0.0, left - min(silent_s, pace))  # counts down between steps
 
 
 def _pause(history: History, pace: float) -> float:

@@ -126,7 +126,7 @@ class DataServices:
         Raises:
             GapoError: data or settings are not usable.
         """
-        return gaps.gaps(self.pair_set(config), config.ef.metric, config)
+        return gaps.gaps(self.pair_set(config), config)
 
     def lengths(self, config: RunConfig) -> Any:
         """(N, 3) tokens of prompt, chosen and rejected, or None while they are not counted."""

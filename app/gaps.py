@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app.measures import metric_options, scores
+from app.measures import scores
 from app.pairs import Floats, PairSet, Split, split_key, split_of, texts_of
 from gapo_lite.config import RunConfig
 from gapo_lite.ef import EVALUATION_FACTORS, count_unseen
@@ -26,29 +26,25 @@ and held true by a test."""
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GapView:
-    """From evaluation factors to target margins, by one metric.
+    """From evaluation factors to target margins, by the configuration's metric.
 
     Attributes:
-        metric: the metric.
         split: which pairs are trained on; all counts and means are over these.
         ef: (N,) before the floor; NaN where it is not known.
-        gap: (N,) NaN where EF is.
+        gap: (N,) NaN where EF is, and for an objective with constant margins.
         margin: (N,) target margins in the units of `logps_avg`.
         reward_margin: (N,) the same in reward units: times β, or times 1 (`margin_scale`).
-        known: every metric's (N,) that is known by now, this one's included.
+        known: every metric's (N,) that is known by now, the configuration's included.
         mean_ef: NaN where it is not known.
         mean_gap: what margins are normalised by.
-        mean_margin: γ under `scale` and `shift`.
-        mean_reward_margin: the same in reward units.
+        mean_reward_margin: γ in reward units under `scale` and `shift`.
         gamma_beta_ratio: SimPO's γ/β of a run whose constant margin is that mean.
         num_zero, num_equal: pairs with EF = 0 and EF = 1.
         num_floored: pairs whose EF was raised to the floor.
         num_negative: pairs with a margin below 0.
-        num_unseen: pairs with a text in which the metric sees no word.
-        warning: what to say of the latter, "" for nothing.
+        warning: what to say of pairs with a text in which the metric sees no word, "" for nothing.
     """
 
-    metric: str
     split: Split
     ef: Floats
     gap: Floats
@@ -57,33 +53,29 @@ class GapView:
     known: dict[str, Floats]
     mean_ef: float
     mean_gap: float
-    mean_margin: float
     mean_reward_margin: float
     gamma_beta_ratio: float
     num_zero: int
     num_equal: int
     num_floored: int
     num_negative: int
-    num_unseen: int
     warning: str
 
 
-def gaps(pair_set: PairSet, metric: str, config: RunConfig) -> GapView | None:
-    """What a run of `config`, with this metric, makes of the pairs.
+def gaps(pair_set: PairSet, config: RunConfig) -> GapView | None:
+    """What a run of `config` makes of the pairs.
 
     Args:
         pair_set: N pairs.
-        metric: a key of EVALUATION_FACTORS; instead of the configuration's.
-        config: its sections data (the split), ef (options), margin and objective count.
+        config: its sections data (the split), ef, margin and objective count.
 
     Returns:
         None if the scores have to be measured first; never for an objective with constant margins.
 
     Raises:
-        ConfigError: there is no such metric.
         DataError: the set can't be split so, or `scale` is asked for where every gap is 0.
     """
-    metric_options(metric, config)
+    metric = config.ef.metric
     found = {name: scores(pair_set, name, config) for name in EVALUATION_FACTORS}
     known = {name: values for name, values in found.items() if values is not None}
     is_constant = config.objective.name in CONSTANT_MARGINS
@@ -94,7 +86,7 @@ def gaps(pair_set: PairSet, metric: str, config: RunConfig) -> GapView | None:
     gap, margin = np.full((2, len(pair_set)), np.nan)
     if is_constant:
         margins = constant_margins(len(used.training), config.margin.gamma)
-        gap[:] = margin[:] = config.margin.gamma
+        margin[:] = config.margin.gamma
     else:
         settings = config.margin.model_dump()
         margins = estimate_margins(ef[used.training], **settings)
@@ -103,9 +95,7 @@ def gaps(pair_set: PairSet, metric: str, config: RunConfig) -> GapView | None:
         gap[is_known], margin[is_known] = every.gaps, every.values
     scale = config.objective.reward_scale
     mean_margin = float(margins.values.mean())
-    num_unseen = _num_unseen(pair_set, metric, config)
     return GapView(
-        metric=metric,
         split=used,
         ef=ef,
         gap=gap,
@@ -114,20 +104,19 @@ def gaps(pair_set: PairSet, metric: str, config: RunConfig) -> GapView | None:
         known=known,
         mean_ef=float(ef[used.training].mean()),
         mean_gap=margins.mean_gap,
-        mean_margin=mean_margin,
         mean_reward_margin=mean_margin * scale,
         gamma_beta_ratio=mean_margin * scale / config.objective.beta,
         num_zero=int((ef[used.training] == 0.0).sum()),
         num_equal=int((ef[used.training] == 1.0).sum()),
         num_floored=margins.num_floored,
         num_negative=margins.num_negative,
-        num_unseen=num_unseen,
-        warning=_unseen_warning(metric, num_unseen, len(used.training)),
+        warning=_unseen_warning(metric, _num_unseen(pair_set, config), len(used.training)),
     )
 
 
 def to_csv(pair_set: PairSet, view: GapView) -> str:
-    """A line for each pair: its row, which part it belongs to, every known EF, gap and margins."""
+    """A line for each pair: its row, which part it belongs to, every known EF, gap and margins;
+    empty for what is not known, or is none."""
     parts = dict.fromkeys(range(len(pair_set)), "")
     for name, part in view.split.parts().items():
         parts |= dict.fromkeys(part.tolist(), name)
@@ -141,8 +130,8 @@ def to_csv(pair_set: PairSet, view: GapView) -> str:
     return text.getvalue()
 
 
-def _num_unseen(pair_set: PairSet, metric: str, config: RunConfig) -> int:
-    if EVALUATION_FACTORS[metric].family != "lexical":
+def _num_unseen(pair_set: PairSet, config: RunConfig) -> int:
+    if EVALUATION_FACTORS[config.ef.metric].family != "lexical":
         return 0
     return pair_set.kept.get(
         ("unseen", split_key(config)),

@@ -30,14 +30,14 @@ from app.axes import number
 from app.guard import is_logged_in
 from app.notices import as_html
 from app.services import Services
-from gapo_lite.errors import ConfigError, GapoError
-from gapo_lite.runs import Run, read_jsonl
+from gapo_lite.errors import GapoError
+from gapo_lite.runs import ACTIVE_STATES, Run, read_jsonl
 
 POLL_S = 0.5
 REMIND_S = 2.0
 """What no file's date tells is looked at so often: clocks, and what is printed while preparing."""
 PARTS = ("status", "verdict", "figures", "samples", "log")
-_ACTIVE = ("preparing", "starting", "running", "stopping")
+_ACTIVE = ("preparing", *ACTIVE_STATES, "stopping")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +60,7 @@ class View:
         Raises:
             GapoError: the axis or the smoothing is none.
         """
-        if self.axis not in ("step", "epoch"):
-            raise ConfigError("the axis has to be step or epoch.")
-        if not 0 <= self.smoothing <= curves.MAX_SMOOTHING:  # NaN is not either
-            raise ConfigError(f"smoothing has to be from 0 to {curves.MAX_SMOOTHING}.")
+        curves.check_view(self.axis, self.smoothing)
         return self
 
 

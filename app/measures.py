@@ -82,10 +82,10 @@ def _measure_lexical(
 ) -> Iterator[tuple[int, int]]:
     chosen, rejected = texts_of(pair_set, np.arange(len(pair_set)))
     family = _family(metric)
+    options = metric_options(metric, config)
     found = {name: np.zeros(len(pair_set)) for name in family}
     for start in range(0, len(pair_set), _PAIRS_A_SIGN):
         place = slice(start, start + _PAIRS_A_SIGN)
-        options = metric_options(metric, config)
         some = lexical_scores(chosen[place], rejected[place], family, **options)
         for name, values in some.items():
             found[name][place] = values
@@ -93,10 +93,7 @@ def _measure_lexical(
     for name, values in found.items():
         pair_set.kept.put(_score_key(name, config), values)
         for part in split_of(pair_set, config).parts().values():
-            path = ef_cache.cache_path(
-                *texts_of(pair_set, part), name, metric_options(name, config)
-            )
-            ef_cache.write_scores(path, values[part])
+            ef_cache.write_scores(_path(pair_set, part, name, config), values[part])
 
 
 def _measure_semantic(
@@ -129,9 +126,7 @@ def _scores_on_disk(
         key = ("path", name, _score_key(metric, config), split_key(config))
         path = None if is_new else pair_set.kept.find(key)
         if path is None:
-            path = ef_cache.cache_path(
-                *texts_of(pair_set, part), metric, metric_options(metric, config)
-            )
+            path = _path(pair_set, part, metric, config)
             pair_set.kept.put(key, path)
         values = ef_cache.read_scores(path, len(part))
         if values is not None:

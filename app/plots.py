@@ -38,6 +38,7 @@ from app.axes import (
 _LONGEST = 500  # characters of a title or name
 _WHOLE_SIZE, _SMALL_SIZE = (420, 230), (210, 130)
 _MOST_DOTS = 80
+_BINS = 30
 _JOINERS = "\u200c\u200d"  # not printable by themselves, but part of Persian words and of emoji
 
 
@@ -114,7 +115,6 @@ def histogram(
     title: str,
     values: np.ndarray,
     *,
-    bins: int = 30,
     range: tuple[float, float] | None = None,
     marks: Sequence[tuple[float, str]] = (),
     x_label: str = "",
@@ -125,8 +125,8 @@ def histogram(
     """A figure of how (N,) values are distributed; those that aren't finite are left out.
 
     Args:
-        bins: how many; fewer for whole numbers that span less.
-        range: of the bins, else that of the values. Values outside are counted in the caption.
+        range: of the 30 bins (fewer for whole numbers that span less), else that of the values.
+            Values outside are counted in the caption.
         marks: (x, label) of vertical lines, such as a mean; the axis is widened to show them.
         note: a short remark in the caption, else the number of values.
         small: half the size, for many side by side.
@@ -139,7 +139,7 @@ def histogram(
         empty = "nothing to count yet"
         head = _Head(title, legend=_note(note))
         return _figure(head, _message(empty, size), size, f"{title}: {empty}.")
-    edges = edges_of(values, bins, range)
+    edges = edges_of(values, _BINS, range)
     counts = np.histogram(values, edges)[0]
     outside = len(values) - int(counts.sum())
     note = note or f"{len(values):,} values"
@@ -176,7 +176,6 @@ def bars(
     x_label: str = "",
     explanation: str = "",
     unit: str = "",
-    empty: str = "nothing to compare yet",
 ) -> str:
     """A figure of grouped bars: for each label one bar of each series. Arguments as in
     `line_chart`."""
@@ -185,6 +184,7 @@ def bars(
     head = _Head(title, explanation, unit, keys)
     heights = y_range_of([np.zeros(1), *(one.y for one in shown)])
     if heights is None or not any(drawable(one.y).any() for one in shown):
+        empty = "nothing to compare yet"
         return _figure(head, _message(empty, _WHOLE_SIZE), _WHOLE_SIZE, f"{title}: {empty}.")
     plane = replace(plane_of(_WHOLE_SIZE, (0.0, float(len(labels))), heights), x_ticks=())
     left, width = np.arange(len(labels)) + 0.14, 0.72 / len(shown)

@@ -1,32 +1,33 @@
 """What a run's numbers mean, in plain words, and what to do about it.
 
 Pure: numbers in, sentences out, the same ones for the same numbers. Each rule below looks for one
-thing and says nothing where it doesn't find it; the thresholds stand on top, each with its reason.
-The text may quote the run's own error message: whoever puts it into HTML escapes it.
+thing among the facts (`verdict_facts`) and says nothing where it doesn't find it; the thresholds
+stand on top, each with its reason. No rule asks another: the table of rules says which of them are
+silent beside which. The text may quote the run's own error message: whoever puts it into HTML
+escapes it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from app.curves import Drift, Ends, drift, ends, summary
+from app.children import cleaned
+from app.curves import Ends, summary
 from app.history import History, config_of, read_history, version
-from gapo_lite.runs import ACTIVE_STATES, Run, read_jsonl
+from app.verdict_facts import Facts, Samples, repetition
+from gapo_lite.runs import Run, read_jsonl
 
 Level = Literal["good", "watch", "bad"]
-Samples = Sequence[Mapping[str, Any]]
 
 MOST_FINDINGS = 5
 
-EARLY_STEPS = 10
-"""AdamW's averages span some 10 steps; before that a model has hardly moved."""
 STUCK_STEPS = 50
 """Steps since the warm-up. The demo is past 80 % after 22; larger models take smaller steps."""
 STUCK_ACCURACY, STUCK_GAIN = 0.6, 0.05
@@ -62,8 +63,6 @@ batch outweighs others at random."""
 MEMORISED_GAP, MEMORISED_GAP_BAD = 0.15, 0.3
 """Training accuracy above held-out accuracy, after pairs were seen twice."""
 
-REPETITION_CHARACTERS = 20
-"""Longer than phrases that people repeat, in any script."""
 LOOPING, LOOPING_RISE, LOOPS = 0.4, 0.2, 2
 """Share of an answer that was there before: of 810 real answers, one has 0.4. One answer
 that loops is chance: small models do so now and then, also in a healthy run of the demo."""
@@ -109,12 +108,13 @@ def judge(
         max_grad_norm: what gradients are clipped to.
         message: why the run failed, as status.json has it.
     """
-    facts = _facts(history, samples, beta, target_reward_margin, state, max_grad_norm, message)
-    found = [finding for rule in _RULES if (finding := rule(facts))]
-    if any(finding.level == "bad" for finding in found):
-        found = [finding for finding in found if finding.level != "good"]
-    found.sort(key=lambda finding: ("bad", "watch", "good").index(finding.level))  # stable
-    return found[:MOST_FINDINGS] or [_nothing_wrong(facts)]
+    facts = Facts(history, samples, beta, target_reward_margin, state, max_grad_norm, message)
+    found = {rule: finding for rule in _RULES if (finding := rule(facts))}
+    told = [finding for rule, finding in found.items() if found.keys().isdisjoint(_RULES[rule])]
+    if any(finding.level == "bad" for finding in told):
+        told = [finding for finding in told if finding.level != "good"]
+    told.sort(key=lambda finding: ("bad", "watch", "good").index(finding.level))  # stable
+    return told[:MOST_FINDINGS] or [_nothing_wrong(facts)]
 
 
 def verdict(run: Run) -> list[Finding]:
@@ -124,17 +124,6 @@ def verdict(run: Run) -> list[Finding]:
         GapoError: a file of the run is damaged.
     """
     return list(_judged(run.path, version(run), run.state()))
-
-
-def repetition(text: str) -> float:
-    """Share of a text's stretches of 20 characters that occurred in it before: 0 (none) to nearly
-    1 (a loop)."""
-    text = " ".join(text.lower().split())
-    count = len(text) - REPETITION_CHARACTERS + 1
-    if count < REPETITION_CHARACTERS:
-        return 0.0
-    different = {text[start : start + REPETITION_CHARACTERS] for start in range(count)}
-    return 1 - len(different) / count
 
 
 @lru_cache(maxsize=64)
@@ -148,128 +137,17 @@ def _judged(path: Path, seen: str, state: str) -> tuple[Finding, ...]:
         target_reward_margin=summary(run).target_reward_margin,
         state=state,
         max_grad_norm=training.max_grad_norm,
-        message=str(run.read("status.json").get("message", "")),
+        message=cleaned(str(run.read("status.json").get("message", ""))),
     )
     return tuple(findings)
 
 
-# -- what the rules look at --
-
-
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """The numbers, found once.
-
-    Attributes:
-        step: the newest that was logged.
-        accuracy, margin: at the beginning and now; None while that cannot be said.
-        train_accuracy: mean of the newest training rows.
-        target: target reward margin of the pairs that `margin` is of.
-        base, tuned: prompt → answer at step 0 and at the newest evaluation.
-        is_early: too few steps or rows for most rules.
-        is_warming: the learning rate still rises.
-        steps_since_peak: from the learning rate's peak to when accuracy and margin were measured.
-    """
-
-    history: History
-    beta: float
-    state: str
-    max_grad_norm: float
-    message: str
-    step: int
-    accuracy: Ends | None
-    margin: Ends | None
-    train_accuracy: float
-    drift: Drift | None
-    target: float | None
-    base: dict[str, str]
-    tuned: dict[str, str]
-    is_early: bool
-    is_warming: bool
-    steps_since_peak: int
-
-    @property
-    def pairs(self) -> str:
-        """Which pairs accuracy and margin are of."""
-        return "held-out" if self.accuracy and self.accuracy.heldout else "training"
-
-
-def _facts(
-    history: History,
-    samples: Samples,
-    beta: float,
-    target: float | None,
-    state: str,
-    max_grad_norm: float,
-    message: str,
-) -> _Facts:
-    steps = [0.0, *history.training["step"][-1:], *history.evaluation["step"][-1:]]
-    accuracy, margin = ends(history, "rewards/accuracies"), ends(history, "rewards/margins")
-    rates = _logged(history, "learning_rate")
-    accuracies = _logged(history, "rewards/accuracies")
-    base, tuned = _answers(samples)
-    return _Facts(
-        history=history,
-        beta=beta,
-        state=state,
-        max_grad_norm=max_grad_norm,
-        message=message,
-        step=int(max(steps)),
-        accuracy=accuracy,
-        margin=margin,
-        train_accuracy=_mean(accuracies[-max(1, min(20, len(accuracies) // 4)) :]),
-        drift=drift(history),
-        target=_target_of_heldout(history, target) if margin and margin.heldout else target,
-        base=base,
-        tuned=tuned,
-        is_early=max(steps) < EARLY_STEPS or accuracy is None or margin is None,
-        is_warming=len(rates) > 1 and bool(rates[-1] == rates.max() > rates[-2]),
-        steps_since_peak=_steps_since_peak(history),
-    )
-
-
-def _logged(history: History, key: str) -> np.ndarray:
-    values = history.training.get(key, np.zeros(0))
-    return values[np.isfinite(values)]
-
-
-def _steps_since_peak(history: History) -> int:
-    rates = history.training.get("learning_rate", np.zeros(0))
-    if not np.isfinite(rates).any():
-        return 0
-    held = history.evaluation["step"]
-    measured = held[-1] if len(held) > 1 else history.training["step"][-1]
-    return int(measured - history.training["step"][np.nanargmax(rates)])
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else math.nan
-
-
-def _target_of_heldout(history: History, target: float | None) -> float | None:
-    """Held-out pairs have margins of their own, and so another average than the training pairs."""
-    own = _mean(_logged(history, "margin/mean"))
-    held = history.evaluation.get("margin/mean", np.zeros(0))[-1:]
-    if target is None or not own > 0 or not np.isfinite(held).any():
-        return target
-    return target * float(held[0]) / own
-
-
-def _answers(samples: Samples) -> tuple[dict[str, str], dict[str, str]]:
-    """Prompt → answer before training, and at the newest evaluation after it."""
-    by_step: dict[int, dict[str, str]] = {}
-    for row in samples:
-        match row:
-            case {"step": int(step), "prompt": str(prompt), "answer": str(answer)}:
-                by_step.setdefault(step, {})[prompt] = answer
-    newest = max(by_step, default=0)
-    return by_step.get(0, {}), by_step[newest] if newest > 0 else {}
-
-
 # -- the rules --
 
+_Rule = Callable[[Facts], Finding | None]
 
-def _failed(facts: _Facts) -> Finding | None:
+
+def _failed(facts: Facts) -> Finding | None:
     if facts.state != "failed":
         return None
     reason = " ".join(facts.message.split())[:600] or "it left no message."
@@ -282,7 +160,7 @@ def _failed(facts: _Facts) -> Finding | None:
     )
 
 
-def _not_a_number(facts: _Facts) -> Finding | None:
+def _not_a_number(facts: Facts) -> Finding | None:
     train, held = facts.history.training, facts.history.evaluation
     for name, rows, key in (
         ("loss", train, "loss"),
@@ -302,7 +180,7 @@ def _not_a_number(facts: _Facts) -> Finding | None:
     return None
 
 
-def _interrupted(facts: _Facts) -> Finding | None:
+def _interrupted(facts: Facts) -> Finding | None:
     if facts.state != "interrupted":
         return None
     return Finding(
@@ -315,8 +193,8 @@ def _interrupted(facts: _Facts) -> Finding | None:
     )
 
 
-def _chosen_falls(facts: _Facts) -> Finding | None:
-    moved, logps = facts.drift, ends(facts.history, "logps/chosen")
+def _chosen_falls(facts: Facts) -> Finding | None:
+    moved, logps = facts.drift, facts.chosen
     if moved is None or logps is None or moved.chosen > -CHOSEN_FALL_WATCH:
         return None
     is_worse = moved.chosen <= moved.rejected
@@ -345,8 +223,8 @@ def _chosen_falls(facts: _Facts) -> Finding | None:
     )
 
 
-def _gradient_explodes(facts: _Facts) -> Finding | None:
-    norms = _logged(facts.history, "grad_norm")
+def _gradient_explodes(facts: Facts) -> Finding | None:
+    norms = facts.norms
     if len(norms) < GRADIENT_ROWS:
         return None
     usual, recent = _usual_norm(norms), float(np.median(norms[-EXPLODING_ROWS:]))
@@ -362,7 +240,7 @@ def _gradient_explodes(facts: _Facts) -> Finding | None:
     )
 
 
-def _answers_empty(facts: _Facts) -> Finding | None:
+def _answers_empty(facts: Facts) -> Finding | None:
     empty = [
         prompt
         for prompt, answer in facts.tuned.items()
@@ -380,7 +258,7 @@ def _answers_empty(facts: _Facts) -> Finding | None:
     )
 
 
-def _answers_loop(facts: _Facts) -> Finding | None:
+def _answers_loop(facts: Facts) -> Finding | None:
     rates = {prompt: repetition(answer) for prompt, answer in facts.tuned.items()}
     before = {prompt: repetition(facts.base.get(prompt, "")) for prompt in rates}
     loops = [p for p in rates if rates[p] >= LOOPING and rates[p] - before[p] >= LOOPING_RISE]
@@ -397,9 +275,9 @@ def _answers_loop(facts: _Facts) -> Finding | None:
     )
 
 
-def _accuracy_stuck(facts: _Facts) -> Finding | None:
+def _accuracy_stuck(facts: Facts) -> Finding | None:
     accuracy = facts.accuracy
-    if facts.is_early or facts.is_warming or accuracy is None or _memorised(facts):
+    if facts.is_early or facts.is_warming or accuracy is None:
         return None
     has_fallen = accuracy.change <= -FALLEN_ACCURACY
     is_stuck = accuracy.last < STUCK_ACCURACY and accuracy.change < STUCK_GAIN
@@ -414,14 +292,14 @@ def _accuracy_stuck(facts: _Facts) -> Finding | None:
         advice = "The model moves, but not to better answers: lower training.learning_rate to a "
         advice += "tenth, and look whether chosen and rejected are swapped."
     return Finding(
-        "watch" if facts.state in ACTIVE_STATES else "bad",
+        "watch" if facts.is_active else "bad",
         "Accuracy has fallen" if has_fallen else "Accuracy is stuck at a half",
         f"After {facts.step} steps {_standing(facts)} Guessing is right for 50 %.",
         advice,
     )
 
 
-def _margin_too_far(facts: _Facts) -> Finding | None:
+def _margin_too_far(facts: Facts) -> Finding | None:
     if facts.is_early or facts.margin is None or facts.target is None:
         return None
     allowed = max(OVERSHOOT_UNITS, facts.target)
@@ -439,7 +317,7 @@ def _margin_too_far(facts: _Facts) -> Finding | None:
     )
 
 
-def _memorised(facts: _Facts) -> Finding | None:
+def _memorised(facts: Facts) -> Finding | None:
     accuracy, epochs = facts.accuracy, facts.history.training["epoch"][-1:]
     if accuracy is None or not accuracy.heldout or not (epochs > 1).any():
         return None
@@ -456,9 +334,9 @@ def _memorised(facts: _Facts) -> Finding | None:
     )
 
 
-def _gradient_spikes(facts: _Facts) -> Finding | None:
-    norms = _logged(facts.history, "grad_norm")
-    if len(norms) < GRADIENT_ROWS or _gradient_explodes(facts):
+def _gradient_spikes(facts: Facts) -> Finding | None:
+    norms = facts.norms
+    if len(norms) < GRADIENT_ROWS:
         return None
     usual, newest = _usual_norm(norms), norms[-SPIKE_ROWS:]
     spikes = newest[newest > SPIKE_RATIO * usual]
@@ -474,8 +352,8 @@ def _gradient_spikes(facts: _Facts) -> Finding | None:
     )
 
 
-def _always_clipped(facts: _Facts) -> Finding | None:
-    norms = _logged(facts.history, "grad_norm")
+def _always_clipped(facts: Facts) -> Finding | None:
+    norms = facts.norms
     if len(norms) < GRADIENT_ROWS:
         return None
     median = float(np.median(norms))
@@ -491,15 +369,13 @@ def _always_clipped(facts: _Facts) -> Finding | None:
     )
 
 
-def _learned_little(facts: _Facts) -> Finding | None:
+def _learned_little(facts: Facts) -> Finding | None:
     accuracy, margin = facts.accuracy, facts.margin
     if facts.is_early or facts.state != "finished" or accuracy is None or margin is None:
         return None  # before the end, the last evaluation may be an old one
-    if _accuracy_stuck(facts) or _memorised(facts) or _margin_too_far(facts):
-        return None
-    if not _is_low(margin.last, facts.target) and accuracy.last >= FINE_ACCURACY:
-        return None
     is_low = _is_low(margin.last, facts.target)
+    if not is_low and accuracy.last >= FINE_ACCURACY:
+        return None
     return Finding(
         "watch",
         "The margin is far below its target" if is_low else "It has learned a little",
@@ -509,7 +385,7 @@ def _learned_little(facts: _Facts) -> Finding | None:
     )
 
 
-def _answers_longer(facts: _Facts) -> Finding | None:
+def _answers_longer(facts: Facts) -> Finding | None:
     shared = [prompt for prompt in facts.tuned if facts.base.get(prompt, "").strip()]
     if not shared:
         return None
@@ -529,7 +405,7 @@ def _answers_longer(facts: _Facts) -> Finding | None:
     )
 
 
-def _nothing_held_out(facts: _Facts) -> Finding | None:
+def _nothing_held_out(facts: Facts) -> Finding | None:
     if len(facts.history.evaluation["step"]) or not len(facts.history.training["step"]):
         return None
     return Finding(
@@ -541,34 +417,33 @@ def _nothing_held_out(facts: _Facts) -> Finding | None:
     )
 
 
-def _too_early(facts: _Facts) -> Finding | None:
+def _too_early(facts: Facts) -> Finding | None:
     if facts.state in ("failed", "interrupted"):
         return None
-    is_active = facts.state in ACTIVE_STATES
     if facts.is_early:
         advice = "Wait for more steps."
         if facts.state == "finished":
             advice = "Train longer: more training.epochs or training.max_steps, or more pairs."
-        elif not is_active:
+        elif not facts.is_active:
             advice = "Resume it to see more."
         title = "Too early to say" if facts.state != "finished" else "Too short to say"
         return Finding(
             "watch", title, f"After step {facts.step} the numbers are mostly noise.", advice
         )
-    if facts.is_warming and is_active:
+    if facts.is_warming and facts.is_active:
         return Finding(
             "watch",
             "The learning rate is still warming up",
-            f"At step {facts.step} it is {_logged(facts.history, 'learning_rate')[-1]:.2g} and "
+            f"At step {facts.step} it is {facts.rates[-1]:.2g} and "
             "rising. Not much can have changed yet.",
             "Wait until it has reached its peak (training.warmup_ratio says when).",
         )
     return None
 
 
-def _all_well(facts: _Facts) -> Finding | None:
+def _all_well(facts: Facts) -> Finding | None:
     accuracy, margin = facts.accuracy, facts.margin
-    if facts.is_early or accuracy is None or margin is None or _margin_too_far(facts):
+    if facts.is_early or accuracy is None or margin is None:
         return None
     is_fine = accuracy.last >= FINE_ACCURACY and accuracy.change > -STUCK_GAIN
     if not is_fine or _is_low(margin.last, facts.target):
@@ -582,41 +457,42 @@ def _all_well(facts: _Facts) -> Finding | None:
     )
 
 
-def _nothing_wrong(facts: _Facts) -> Finding:
+def _nothing_wrong(facts: Facts) -> Finding:
     return Finding(
         "good",
         "Nothing looks wrong so far",
         _sentence(_standing(facts)),
-        "Let it run." if facts.state in ACTIVE_STATES else "Resume it, or chat with it.",
+        "Let it run." if facts.is_active else "Resume it, or chat with it.",
     )
 
 
-_RULES: tuple[Callable[[_Facts], Finding | None], ...] = (
-    _failed,
-    _not_a_number,
-    _interrupted,
-    _chosen_falls,
-    _gradient_explodes,
-    _answers_empty,
-    _answers_loop,
-    _accuracy_stuck,
-    _margin_too_far,
-    _memorised,
-    _gradient_spikes,
-    _always_clipped,
-    _learned_little,
-    _answers_longer,
-    _nothing_held_out,
-    _too_early,
-    _all_well,
-)
-"""Among findings of one level, the earlier rule's comes first."""
+_RULES: dict[_Rule, tuple[_Rule, ...]] = {
+    _failed: (),
+    _not_a_number: (),
+    _interrupted: (),
+    _chosen_falls: (),
+    _gradient_explodes: (),
+    _answers_empty: (),
+    _answers_loop: (),
+    _accuracy_stuck: (_memorised,),
+    _margin_too_far: (),
+    _memorised: (),
+    _gradient_spikes: (_gradient_explodes,),
+    _always_clipped: (),
+    _learned_little: (_accuracy_stuck, _memorised, _margin_too_far),
+    _answers_longer: (),
+    _nothing_held_out: (),
+    _too_early: (),
+    _all_well: (_margin_too_far,),
+}
+"""Rule → the rules beside whose findings it is silent. Among findings of one level, the earlier
+rule's comes first."""
 
 
 # -- words --
 
 
-def _standing(facts: _Facts) -> str:
+def _standing(facts: Facts) -> str:
     """Accuracy and margin in the middle of a sentence."""
     if facts.accuracy is None or facts.margin is None:
         return "nothing was measured."
@@ -641,13 +517,13 @@ def _times(nats: float) -> str:
     return f"{factor:.2f} times" if factor >= 0.01 else "less than a hundredth"
 
 
-def _about_chosen(facts: _Facts) -> str:
+def _about_chosen(facts: Facts) -> str:
     if facts.drift is None:
         return ""
     return f" Chosen answers moved by {facts.drift.chosen:+.2f} nats per token."
 
 
-def _nearest_evaluation(facts: _Facts, allowed: float) -> str:
+def _nearest_evaluation(facts: Facts, allowed: float) -> str:
     """The evaluation after the first at which the margin was nearest its target, if near."""
     held, target = facts.history.evaluation, facts.target or 0.0
     margins = held.get("rewards/margins", np.zeros(0))[1:]
@@ -657,10 +533,10 @@ def _nearest_evaluation(facts: _Facts, allowed: float) -> str:
     return f" At step {held['step'][1:][nearest]:.0f} it was {margins[nearest]:.2f}."
 
 
-def _lowest_loss(facts: _Facts) -> str:
+def _lowest_loss(facts: Facts) -> str:
     held = facts.history.evaluation
     losses = held.get("loss", np.zeros(0))
-    if not np.isfinite(losses).all() or losses.argmin() == len(losses) - 1:
+    if not len(losses) or not np.isfinite(losses).all() or losses.argmin() == len(losses) - 1:
         return ""
     return f" The held-out loss was lowest at step {held['step'][losses.argmin()]:.0f}."
 
@@ -674,5 +550,5 @@ def _usual_norm(norms: np.ndarray) -> float:
     return float(np.median(norms[: max(EXPLODING_ROWS, len(norms) // 4)]))
 
 
-def _by_share(prompts: list[str], facts: _Facts) -> Level:
+def _by_share(prompts: list[str], facts: Facts) -> Level:
     return "bad" if 2 * len(prompts) >= len(facts.tuned) else "watch"

@@ -8,18 +8,30 @@
 (() => {
   "use strict";
 
-  // --- numbers: the same rule as number() in app/plots.py ---------------------------------------
+  // --- numbers: the same rules as number() and rounded() in app/axes.py --------------------------
 
   const grouped = (value, decimals) =>
     value.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals });
 
+  // Python rounds a tie to the even digit, JavaScript away from zero.
+  function rounded(value) {
+    const size = Math.abs(value);
+    const digits = size >= 1e4 && size < 1e6 ? String(Math.trunc(size)).length : 4;
+    const [mantissa, exponent] = size.toExponential(100).split("e");
+    const kept = mantissa.slice(0, digits + 1);
+    const isTie = /^50*$/.test(mantissa.slice(digits + 1));
+    const down = isTie && Number(kept.at(-1)) % 2 === 0;
+    return Math.sign(value) * Number(down ? `${kept}e${exponent}` : size.toPrecision(digits));
+  }
+
   function number(value) {
     if (value === null || !Number.isFinite(value)) return "not a number";
+    value = rounded(value);
     const size = Math.abs(value);
     let words;
     if (size < 1e6 && Number.isInteger(value)) words = grouped(value, 0);
     else if (size >= 1e-3 && size < 1e6) {
-      words = grouped(value, 3 - Math.floor(Math.log10(size)));
+      words = grouped(value, Math.max(0, 3 - Math.floor(Math.log10(size))));
     } else {
       const [mantissa, exponent] = value.toExponential(3).split("e");
       words = Number(mantissa) + "e" + Number(exponent);

@@ -23,7 +23,6 @@
     }
     const state = element.querySelector("[data-run-state]");
     if (state) document.body.dataset.runState = state.dataset.runState;
-    element.dataset.updated = String(Date.now());
   }
 
   // Why a stream was refused: who is no longer logged in has to log in, what is gone is left.

@@ -7,7 +7,6 @@ and is pressed by the browser once it has it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import gradio as gr
 from gradio.components import Component
@@ -16,7 +15,7 @@ from app.notices import calm
 
 
 def download_button(
-    label: str, api_name: str, make: Callable[..., str], inputs: Sequence[Component], **looks: Any
+    label: str, api_name: str, make: Callable[..., str], inputs: Sequence[Component]
 ) -> gr.Button:
     """A button in the current layout.
 
@@ -25,9 +24,8 @@ def download_button(
         api_name: of the handler, also the id of the hidden part.
         make: from the inputs' values to the path of a new file.
         inputs: what `make` gets.
-        looks: further arguments of the button.
     """
-    button = gr.Button(label, size="sm", min_width=110, **looks)
+    button = gr.Button(label, size="sm", min_width=110)
     wire_download(button, api_name, make, inputs)
     return button
 

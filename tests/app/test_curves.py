@@ -126,7 +126,6 @@ def test_the_summary_of_a_real_run_is_what_the_list_of_runs_says(trained):
 
 def test_progress_of_a_finished_run(trained):
     found = progress(trained)
-    assert (found.state, found.step, found.total, found.fraction) == ("finished", 12, 12, 1.0)
     assert (found.eta_s, found.epoch) == (None, 2.0)
     assert found.pairs_per_second > 0
     assert found.memory_gib > 0
@@ -407,9 +406,9 @@ def test_smoothing_of_nothing_none_and_a_constant():
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.0, 0.991, math.nan, math.inf])
-def test_smoothing_out_of_range_is_refused(strength):
+def test_smoothing_out_of_range_is_refused(tmp_path, strength):
     with pytest.raises(ConfigError, match=r"from 0 to 0\.99"):
-        smooth(np.ones(2), strength)
+        curve(read_history(a_run(tmp_path)), "loss", smoothing=strength)
 
 
 def test_a_curve_over_steps_and_over_epochs(tmp_path):
@@ -537,7 +536,6 @@ def test_the_time_left_counts_steps_and_evaluations_to_come(tmp_path, every, ste
     left = 4.0 * (45 - step) + 30.0 * sum(e > step for e in evaluations)
     assert found.eta_s == pytest.approx(left, abs=0.5)
     assert at + left == 4.0 * 45 + 30.0 * 6
-    assert (found.state, found.step, found.fraction) == ("running", step, step / 45)
 
 
 def test_the_time_left_survives_a_resume_whose_first_row_is_far_too_fast(tmp_path):
@@ -557,9 +555,7 @@ def test_the_time_left_counts_down_between_steps_but_by_a_step_at_most(tmp_path)
     with run.lock():
         for age, left in ((0.0, 20.0), (1.5, 18.5), (60.0, 16.0)):
             running(run, 5, 10, age)
-            found = progress(run)
-            assert found.eta_s == pytest.approx(left, abs=0.3)
-            assert found.heartbeat_age_s == pytest.approx(age, abs=0.3)
+            assert progress(run).eta_s == pytest.approx(left, abs=0.3)
 
 
 def test_the_time_left_is_unknown_before_the_first_row_and_when_nothing_runs(tmp_path):
@@ -569,20 +565,19 @@ def test_the_time_left_is_unknown_before_the_first_row_and_when_nothing_runs(tmp
         assert progress(run).eta_s is None
         add(run, {"step": 1, "pairs_per_second": 2.0})
         assert progress(run).eta_s is not None
-    assert progress(run).state == "interrupted"
+    assert run.state() == "interrupted"
     assert progress(run).eta_s is None
 
 
 def test_progress_of_a_run_that_starts_and_of_one_that_starts_again(tmp_path):
     run = a_run(tmp_path)
     found = progress(run)
-    assert (found.step, found.total, found.fraction) == (0, 0, 0.0)
-    assert (found.heartbeat_age_s, found.epoch, found.learning_rate) == (None, None, None)
+    assert set(map(found.__getattribute__, found.__slots__)) == {None}
     add(run, *map(training_row, range(1, 6)))
     run.write("status.json", {"state": "starting", "step": 0, "total": 0, "heartbeat": now()})
     with run.lock():
         found = progress(run)
-    assert (found.state, found.step, found.total, found.eta_s) == ("starting", 5, 0, None)
+    assert (found.epoch, found.pairs_per_second, found.eta_s) == (0.5, 2.0, None)
 
 
 @pytest.mark.parametrize("content", ["[]", "1", "{", "\x00"])
@@ -594,10 +589,14 @@ def test_a_damaged_status_is_one_calm_sentence(tmp_path, content):
 
 
 def test_a_status_of_odd_values_is_read_as_unknown(tmp_path):
-    run = a_run(tmp_path)
-    run.write("status.json", {"state": "stopped", "step": "x", "total": None, "heartbeat": [1]})
-    found = progress(run)
-    assert (found.step, found.total, found.heartbeat_age_s) == (0, 0, None)
+    run = a_run(tmp_path, batch_size=8)
+    add(run, *map(training_row, range(1, 6)))
+    odd = {"state": "running", "pid": 1, "step": "x", "heartbeat": [1]}
+    with run.lock():
+        run.write("status.json", {**odd, "total": None})
+        assert progress(run).eta_s is None
+        run.write("status.json", {**odd, "total": 10})
+        assert progress(run).eta_s == 20.0  # from the rows' own step, 4 s each
 
 
 # -- drift --

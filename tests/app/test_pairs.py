@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import html
+import io
 import json
 import os
 import re
@@ -18,10 +20,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app import pair_views, worker
 from app import pairs as page
-from app import worker
 from app.browser import MARK, MOST_ALIGNED_WORDS, SORTS, browse, diff_html
-from app.gaps import CONSTANT_MARGINS, GapView, gaps
+from app.gaps import CONSTANT_MARGINS, GapView, gaps, to_csv
 from app.measures import lengths, measure_lengths, measure_scores, scores
 from app.pairs import MAX_PROBLEMS, Kept, PairSet, PairSets, overview, split_of
 from gapo_lite.config import RunConfig, parse_config
@@ -173,7 +175,6 @@ def test_the_overview_counts_what_is_there(tmp_path):
     assert (seen.problems[0].line, seen.problems[0].field) == (4, "rejected")
     assert (seen.num_duplicates, seen.num_equal) == (1, 1)
     assert (seen.num_rated, seen.num_with_strength) == (1, 3)
-    assert seen.shape == "strings"
     assert seen.shape_columns == "prompt, chosen, rejected: texts"
     assert seen.columns[:3] == ["prompt", "chosen", "rejected"]
 
@@ -251,7 +252,7 @@ def test_a_cache_that_cannot_be_written_costs_no_lexical_scores(monkeypatch, tmp
 
 
 def test_an_unknown_metric_is_refused_calmly():
-    for ask in (scores, gaps, measured):
+    for ask in (scores, measured):
         with pytest.raises(ConfigError, match="no evaluation factor 'rouge3'"):
             ask(everyday(), "rouge3", parse_config({}))
 
@@ -259,7 +260,7 @@ def test_an_unknown_metric_is_refused_calmly():
 def test_bertscores_are_measured_by_the_worker_for_training_to_find(monkeypatch, tokenizer):
     settings = {"ef": {"metric": "bertscore_f1", **BERT}, "data": {"max_pairs": 40}}
     pair_set, config = everyday(), parse_config(settings)
-    assert gaps(pair_set, "bertscore_f1", config) is None
+    assert gaps(pair_set, config) is None
     signs = measured(pair_set, "bertscore_f1", config)
     used = split_of(pair_set, config)
     total = 40 + len(used.held_out)
@@ -274,13 +275,13 @@ def test_bertscores_are_measured_by_the_worker_for_training_to_find(monkeypatch,
         assert np.isnan(found[used.unused]).all()
         np.testing.assert_array_equal(scores(everyday(), metric, config), found)
 
-    view = gaps(pair_set, "bertscore_f1", config)
+    view = gaps(pair_set, config)
     assert view.mean_gap == prepared.train.margins.mean_gap
     assert np.isnan(view.margin[used.unused]).all()
-    assert view.num_unseen == 0
+    assert view.warning == ""
     down = [browse(pair_set, view, sort="margin down", index=n) for n in (0, total - 1, total)]
-    assert down[0].margin > down[1].margin
-    assert (down[2].margin, down[2].part, down[2].efs) == (None, "unused", {})
+    assert down[0].reward_margin > down[1].reward_margin
+    assert (down[2].reward_margin, down[2].part, down[2].efs) == (None, "unused", {})
     other_split = parse_config(settings | {"data": {"max_pairs": 41}})
     assert scores(pair_set, "bertscore_f1", other_split) is None
 
@@ -315,12 +316,11 @@ def test_margins_are_those_that_a_run_records(number, tokenizer):
     record = _margins_record(config, prepared)
     pair_set = PairSets().load(config.data.source)
     measured(pair_set, config.ef.metric, config)
-    view = gaps(pair_set, config.ef.metric, config)
+    view = gaps(pair_set, config)
 
     train = view.split.training
     assert [pair_set.pairs[index] for index in train] == prepared.train.pairs
     np.testing.assert_array_equal(view.margin[train], prepared.train.margins.values)
-    np.testing.assert_array_equal(view.gap[train], prepared.train.margins.gaps)
     held_out = view.split.held_out
     if not config.data.heldout_source and prepared.heldout:
         np.testing.assert_array_equal(view.margin[held_out], prepared.heldout.margins.values)
@@ -328,7 +328,8 @@ def test_margins_are_those_that_a_run_records(number, tokenizer):
         assert len(held_out) == 0
     if config.objective.name != "simpo":
         np.testing.assert_array_equal(view.ef[train], prepared.train.ef)
-    for key in ("mean_gap", "num_floored", "num_negative", "mean_margin"):
+        np.testing.assert_array_equal(view.gap[train], prepared.train.margins.gaps)
+    for key in ("mean_gap", "num_floored", "num_negative"):
         assert (key, getattr(view, key)) == (key, record[key])
     assert view.mean_reward_margin == record["mean_margin_in_reward_units"]
     assert sum(len(part) for part in view.split.parts().values()) == len(pair_set)
@@ -339,13 +340,13 @@ def test_units_by_hand(tmp_path):
         tmp_path / "p.jsonl",
         [("p", "a b c d", "a b x y"), ("q", "same", "same"), ("r", "one", "two")],
     )
-    whole = {"data": {"heldout_fraction": 0}}
+    whole = {"data": {"heldout_fraction": 0}, "ef": {"metric": "rouge1"}}
     config = parse_config(whole | {"margin": {"mapping": "linear"}})
     measured(pair_set, "rouge1", config)
-    view = gaps(pair_set, "rouge1", config)
+    view = gaps(pair_set, config)
     assert view.ef.tolist() == [0.5, 1.0, 0.0]
     assert view.gap.tolist() == [0.5, 0.0, 0.99]  # the third at the floor
-    assert view.mean_margin == pytest.approx(0.3)
+    assert view.margin.mean() == pytest.approx(0.3)
     assert view.mean_reward_margin == pytest.approx(3.0)
     assert view.reward_margin.tolist() == (view.margin * 10).tolist()
     assert view.gamma_beta_ratio == pytest.approx(0.3)
@@ -353,16 +354,35 @@ def test_units_by_hand(tmp_path):
     assert view.mean_ef == 0.5
     assert set(view.known) == set(LEXICAL)
     one = parse_config(whole | {"objective": {"margin_scale": "one"}})
-    assert gaps(pair_set, "rouge1", one).gamma_beta_ratio == pytest.approx(0.03)
+    assert gaps(pair_set, one).gamma_beta_ratio == pytest.approx(0.03)
 
 
 def test_constant_margins_need_no_scores():
     config = parse_config({"objective": {"name": "simpo"}})
-    view = gaps(everyday(), "rougeL", config)
+    view = gaps(everyday(), config)
     assert set(view.margin) == {0.3}
     assert np.isnan(view.ef).all()
-    assert (view.mean_margin, view.mean_reward_margin) == (pytest.approx(0.3), pytest.approx(3))
+    assert view.mean_reward_margin == pytest.approx(3)
     assert view.gamma_beta_ratio == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_constant_margins_have_no_gap(tmp_path, is_measured):
+    config = parse_config({"objective": {"name": "simpo"}, "data": {"heldout_fraction": 0}})
+    pair_set = made_of(tmp_path / "p.jsonl", [("p", "a b c d", "a b x y"), ("q", "one", "two")])
+    if is_measured:
+        measured(pair_set, "rougeL", config)
+    view = gaps(pair_set, config)
+    assert np.isnan(view.gap).all()
+    rows = list(csv.DictReader(io.StringIO(to_csv(pair_set, view), newline="")))
+    assert [(row["gap"], float(row["margin"])) for row in rows] == [("", 0.3), ("", 0.3)]
+    assert [row.get("rougeL") for row in rows] == (["0.5", "0.0"] if is_measured else [None] * 2)
+    assert "Every pair has the same target margin" in pair_views.margins(view, config)
+    figures = pair_views.figures(view, config)
+    assert "Target margin" in figures
+    assert "Gap" not in figures
+    assert "nan" not in figures.lower()
+    assert browse(pair_set, view, sort="margin up").reward_margin == 3.0
 
 
 def test_the_objectives_with_constant_margins_are_those_of_the_core():
@@ -374,12 +394,11 @@ def test_the_objectives_with_constant_margins_are_those_of_the_core():
 def test_texts_that_a_metric_cannot_see_are_warned_of(tmp_path):
     texts = [("q", "你好", "再见"), ("r", "Привет", "hello"), ("s", "yes", "no"), ("t", "a", "b c")]
     pair_set = made_of(tmp_path / "p.jsonl", texts)
-    config = parse_config({"data": {"heldout_fraction": 0}})
+    config = parse_config({"data": {"heldout_fraction": 0}, "ef": {"metric": "jaccard"}})
     measured(pair_set, "jaccard", config)
-    view = gaps(pair_set, "jaccard", config)
-    assert view.num_unseen == 2
+    view = gaps(pair_set, config)
     assert view.warning.startswith("jaccard sees no word at all in a text of 2 of 4")
-    assert gaps(everyday(), "rougeL", parse_config({"objective": {"name": "simpo"}})).warning == ""
+    assert gaps(everyday(), parse_config({"objective": {"name": "simpo"}})).warning == ""
 
 
 def test_what_training_would_refuse_is_refused(tmp_path):
@@ -387,10 +406,10 @@ def test_what_training_would_refuse_is_refused(tmp_path):
     same = made_of(tmp_path / "same.jsonl", [("p", "a", "a"), ("q", "b", "b")])
     measured(same, "rougeL", config)
     with pytest.raises(DataError, match="every gap is 0"):
-        gaps(same, "rougeL", config)
+        gaps(same, config)
     one = made_of(tmp_path / "one.jsonl", [("p", "a", "b")])
     with pytest.raises(DataError, match="can't be split"):
-        gaps(one, "rougeL", parse_config({}))
+        gaps(one, parse_config({}))
 
 
 def test_sixty_thousand_pairs_are_redrawn_and_searched_at_once(tmp_path):
@@ -401,14 +420,14 @@ def test_sixty_thousand_pairs_are_redrawn_and_searched_at_once(tmp_path):
     ]
     pair_set, config = made_of(tmp_path / "p.jsonl", rows), parse_config({})
     measured(pair_set, "rougeL", config)
-    gaps(pair_set, "rougeL", config)
+    gaps(pair_set, config)
     browse(pair_set, None, query="build the haystack")
 
     def redraw(number: int) -> None:
-        gaps(pair_set, "rougeL", parse_config({"margin": {"gamma": number / 10}}))
+        gaps(pair_set, parse_config({"margin": {"gamma": number / 10}}))
 
     def search(number: int) -> None:
-        view = gaps(pair_set, "rougeL", config)
+        view = gaps(pair_set, config)
         assert browse(pair_set, view, query=f"OLD {number}", sort="margin up") is None
 
     assert min(_seconds(redraw, number) for number in (1, 2, 3)) < 0.1
@@ -553,9 +572,9 @@ def five(tmp_path) -> tuple[PairSet, GapView | None]:
         ("WHY, straße", "a b c d", "w x y z"),
     ]
     pair_set = made_of(tmp_path / "five.jsonl", texts)
-    config = parse_config({"data": {"heldout_fraction": 0.2}})
+    config = parse_config({"data": {"heldout_fraction": 0.2}, "ef": {"metric": "rouge1"}})
     measured(pair_set, "rouge1", config)
-    return pair_set, gaps(pair_set, "rouge1", config)
+    return pair_set, gaps(pair_set, config)
 
 
 def lines(pair_set: PairSet, view: GapView | None, **how) -> list[int]:
@@ -602,12 +621,13 @@ def test_a_browsed_pair_tells_all_that_is_known(five):
     assert (pair.chosen, pair.rejected) == ("a b c d", "a b x y")
     assert set(pair.efs) == set(LEXICAL)
     assert pair.efs["rouge1"] == 0.5
-    assert pair.gap == pytest.approx(np.log(2))
-    assert pair.reward_margin == pair.margin * 10
+    place = pair.line - 1
+    assert view.gap[place] == pytest.approx(np.log(2))
+    assert pair.reward_margin == view.margin[place] * 10
     assert {browse(pair_set, view, index=n).part for n in range(5)} == {"training", "held out"}
     assert (pair.chosen_rating, pair.rejected_rating, pair.strength) == (None, None, None)
     without = browse(pair_set, None, query="where")
-    assert (without.part, without.efs, without.margin) == ("", {}, None)
+    assert (without.part, without.efs, without.reward_margin) == ("", {}, None)
 
 
 def test_an_index_beyond_an_end_is_that_end(five):
@@ -625,7 +645,7 @@ def test_nasty_texts_go_all_the_way(tmp_path, tiny_model, tokenizer):
     assert len(pair_set) == len(NASTY)
     config = parse_config({"data": {"heldout_fraction": 0}})
     measured(pair_set, "rougeL", config)
-    view = gaps(pair_set, "rougeL", config)
+    view = gaps(pair_set, config)
     for index, text in enumerate(NASTY):
         pair = browse(pair_set, view, index=index)
         assert (pair.chosen, pair.rejected) == (text, text[::-1])

@@ -324,8 +324,8 @@ def test_steps_have_whole_ticks() -> None:
 
 def test_a_histogram_counts_as_numpy_does_and_leaves_out_what_is_no_number() -> None:
     values = np.random.default_rng(2).beta(2, 5, 1000)
-    data = _Figure(histogram("EF", np.append(values, [np.nan, np.inf]), bins=20)).data
-    counts, edges = np.histogram(values, 20)
+    data = _Figure(histogram("EF", np.append(values, [np.nan, np.inf]))).data
+    counts, edges = np.histogram(values, 30)
     assert data["counts"] == counts.tolist()
     np.testing.assert_allclose(data["edges"], edges, rtol=1e-4)
     assert data["total"] == 1000
@@ -338,7 +338,7 @@ def test_values_outside_a_given_range_are_counted_in_the_caption() -> None:
 
 
 def test_token_counts_get_whole_bins_without_a_comb() -> None:
-    data = _Figure(histogram("Length", np.arange(1, 101), bins=30)).data
+    data = _Figure(histogram("Length", np.arange(1, 101))).data
     assert set(np.diff(data["edges"])) == {4.0}
     assert data["counts"] == [4] * 25
     two = _Figure(histogram("EF", np.array([0, 1, 1, 0, 1]))).data
@@ -630,6 +630,32 @@ def test_the_tooltip_writes_numbers_as_the_legend_does(chromium: Any) -> None:
         _point(page, at / (len(values) - 1))
         found.append(_tip(page)[1].removeprefix("y "))
     assert found == [words for _, words in NUMBERS]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (9999.6, "10,000"),
+        (12345.6, "12,346"),
+        (999999.7, "1e6"),
+        (-12344.5, "−12,344"),  # a tie, to the even digit
+        (12345.5, "12,346"),
+        (100.25, "100.2"),
+        (1234500.0, "1.234e6"),
+        (0.00099996, "0.001000"),
+    ],
+)
+def test_the_tooltip_rounds_places_along_x_as_python_does(
+    chromium: Any, value: float, words: str
+) -> None:
+    assert number(value) == words
+    page = _open(
+        chromium,
+        line_chart("x", [Series("y", np.array([value]), np.ones(1), "train")], x_label="at"),
+    )
+    _point(page, 0.5)
+    assert _tip(page)[0] == f"at {words}"
+    assert page.problems == []
 
 
 def test_a_histogram_and_bars_have_tooltips(chromium: Any) -> None:

@@ -687,3 +687,12 @@ def test_a_history_of_steps_alone_is_no_error():
         "No pairs are held out",
         "Too short to say",
     ]
+
+
+def test_a_failure_is_told_without_what_is_secret_in_it(short_run):
+    message = "no way to https://me:geheim@proxy:1/ with hf_abcdefghij1234"
+    short_run.write("status.json", {"state": "failed", "step": 3, "message": message})
+    (failed,) = [finding for finding in verdict(short_run) if finding.title == "The run failed"]
+    assert "no way to" in failed.text
+    assert "geheim" not in failed.text
+    assert "hf_abc" not in failed.text
