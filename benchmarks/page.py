@@ -4,6 +4,8 @@
 
 Viewers: a training of the embedded model in 4 bits logs every step while 20 connections to the live
 view are open or not, in turns of some steps; their step times are compared within that one run.
+Since steps differ among themselves by more than viewers cost, the server's own processor time in
+both kinds of turns is counted, too: the training, which uses all cores, cannot lose more than that.
 Writes benchmarks/results/page.json.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -39,13 +42,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=TURNS, help="with and without viewers")
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as (url, started):
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as (url, started, pid):
         results = {
             "machine": common.machine(),
             "seconds_until_it_answers": round(started, 2),
             "first_contentful_paint_s": first_paint(url),
             "redraw_of_5000_steps_s": redraw(),
-            "viewers": step_times(url, Path(folder) / "runs", args.turns),
+            "viewers": step_times(url, pid, Path(folder) / "runs", args.turns),
         }
     print(json.dumps(results, indent=1))
     if args.json:
@@ -53,8 +56,8 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[tuple[str, float]]:
-    """A page over empty folders, and the seconds until it answered."""
+def serving(folder: Path) -> Iterator[tuple[str, float, int]]:
+    """A page over empty folders, the seconds until it answered, and its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -69,7 +72,7 @@ def serving(folder: Path) -> Iterator[tuple[str, float]]:
             with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
                 break
             time.sleep(0.05)
-        yield url, time.monotonic() - start
+        yield url, time.monotonic() - start, server.pid
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(20)
@@ -118,7 +121,9 @@ def redraw() -> float:
     return round(statistics.median(times), 4)
 
 
-def step_times(url: str, runs_dir: Path, turns: int) -> dict[str, float | int | list[float]]:
+def step_times(
+    url: str, pid: int, runs_dir: Path, turns: int
+) -> dict[str, float | int | list[float]]:
     """Seconds a step without and with viewers, in turns within one run."""
     steps = (2 * turns + 1) * TURN_STEPS
     settings = ("training.logging_steps=1", f"training.max_steps={steps}", "training.epochs=100",
@@ -127,12 +132,16 @@ def step_times(url: str, runs_dir: Path, turns: int) -> dict[str, float | int | 
     command += ["--runs-dir", str(runs_dir), *(part for s in settings for part in ("--set", s))]
     training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     rows: dict[bool, list[float]] = {False: [], True: []}
+    used: dict[bool, list[float]] = {False: [], True: []}
     try:
         _wait_for(runs_dir, TURN_STEPS)
         for turn in range(2 * turns):
             is_watched, first = bool(turn % 2), TURN_STEPS * (turn + 1)
             with viewers(url) if is_watched else contextlib.nullcontext():
+                began = _processor_seconds(pid), time.monotonic()
                 _wait_for(runs_dir, first + TURN_STEPS)
+                share = (_processor_seconds(pid) - began[0]) / (time.monotonic() - began[1])
+                used[is_watched].append(share / (os.cpu_count() or 1))
             times = {row["step"]: row["elapsed_s"] for row in _logged(runs_dir)}
             # The step in which viewers come or go belongs to neither.
             span = times[first + TURN_STEPS] - times[first + 1]
@@ -147,6 +156,8 @@ def step_times(url: str, runs_dir: Path, turns: int) -> dict[str, float | int | 
         "seconds_a_step_alone": [round(value, 3) for value in rows[False]],
         "seconds_a_step_watched": [round(value, 3) for value in rows[True]],
         "slower_by": round(watched / alone - 1, 4),
+        "servers_share_of_the_processor_alone": round(statistics.mean(used[False]), 4),
+        "servers_share_of_the_processor_watched": round(statistics.mean(used[True]), 4),
     }
 
 
@@ -166,6 +177,11 @@ def viewers(url: str) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
+
+
+def _processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _read_all(connection: socket.socket) -> None:
