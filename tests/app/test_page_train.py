@@ -402,7 +402,7 @@ def config_of_command(panel: Any) -> Any:
     """The configuration that the printed command trains, read as the command line reads it."""
     text = "".join(panel.locator(".cm-content").last.locator(".cm-line").all_inner_texts())
     program, verb, recipe, *options = shlex.split(text)
-    assert (program, verb) == ("gapo-lite", "train")
+    assert (Path(program).name, verb) == ("gapo-lite", "train")
     pairs = list(zip(options[::2], options[1::2], strict=True))
-    assert {name for name, _ in pairs} <= {"--set", "--runs-dir"}
+    assert {name for name, _ in pairs} <= {"--set", "--name", "--runs-dir"}
     return load_config(ROOT / recipe, [value for name, value in pairs if name == "--set"])
