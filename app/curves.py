@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from app.history import Columns, History, as_float, config_of, read_history
+from gapo_lite.config import RunConfig
 from gapo_lite.errors import ConfigError, RunError
 from gapo_lite.runs import Run, now
 
@@ -53,8 +54,8 @@ FIGURES = (
         "margin",
         "Reward margin",
         "reward units",
-        "How far the chosen answers are ahead of the rejected ones. It should rise to about its "
-        "target and stay there.",
+        "How far the chosen answers are ahead of the rejected ones. It should rise; where there is "
+        "a target, to about that, and stay there.",
         (("rewards/margins", "reward margin"),),
         target="margin/mean",
     ),
@@ -77,8 +78,8 @@ FIGURES = (
         "rewards",
         "Rewards",
         "reward units",
-        "β times the average log-probability. The two lines should part; their distance is the "
-        "reward margin.",
+        "What the objective makes of log-probabilities; GaPO and SimPO: β times their average. The "
+        "two lines should part; their distance is the reward margin.",
         (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")),
     ),
     Figure(
@@ -183,7 +184,8 @@ class Summary:
 
     Attributes:
         accuracy, reward_margin: of the last evaluation on held-out pairs.
-        target_reward_margin: average target margin of the training pairs, in reward units.
+        target_reward_margin: average target margin of the training pairs, in reward units; None
+            too where the run asks for none.
         chosen_drift: see Drift.
         duration_s: wall-clock seconds up to the last training row, over all resumes.
     """
@@ -193,6 +195,13 @@ class Summary:
     target_reward_margin: float | None
     chosen_drift: float | None
     duration_s: float | None
+
+
+def asks_for_margin(config: RunConfig) -> bool:
+    """Whether a run has a target margin: its objective takes one, and it is not the plain method's
+    0."""
+    margin = config.margin
+    return margin.source in ("ef", "rating") or bool(margin.source and margin.gamma)
 
 
 def check_view(axis: Axis, smoothing: float) -> None:
@@ -341,11 +350,11 @@ def summary(run: Run) -> Summary:
     """A run's results at a glance.
 
     Raises:
-        RunError: a file of the run is damaged.
+        GapoError: a file of the run is damaged.
     """
     history = read_history(run)
     moved = drift(history)
-    margins = _record(run, "margins.json")
+    margins = _record(run, "margins.json") if asks_for_margin(config_of(run)) else {}
     return Summary(
         accuracy=_last(history.evaluation, "rewards/accuracies"),
         reward_margin=_last(history.evaluation, "rewards/margins"),

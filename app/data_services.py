@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app import forms, gaps, measures
+from app import curves, forms, gaps, measures
 from app.browser import BrowsedPair, browse
 from app.downloads import text_file
 from app.gaps import GapView
@@ -95,7 +95,7 @@ class DataServices:
         is_here = source in EMBEDDED_DATA or Path(source).exists()
         if not is_here and not self.pair_sets.is_open(source, split):
             raise DataError(f"{source} is on the Hub: press Load in the Data tab to look at it.")
-        return self.pair_sets.load(source, split)
+        return self.pair_sets.load(source, split, config.data.rating_columns)
 
     def measure_lexical(self, config: RunConfig) -> Iterator[tuple[int, int]]:
         """(done, total) while all lexical metrics are measured, which takes one pass.
@@ -148,14 +148,19 @@ class DataServices:
         return small and config.model.name in EMBEDDED_MODELS and self.lengths(config) is None
 
     def browse(self, config: RunConfig, query: str, sort: str, index: int) -> BrowsedPair | None:
-        """One pair of those that hold the query; see browser.browse.
+        """One pair of those that hold the query; see browser.browse. Pairs that no margins can be
+        made of are in the order of the file.
 
         Raises:
             GapoError: there is no such order, or the data are not usable.
         """
         query = query[:1000] if isinstance(query, str) else ""
-        view = self.gaps(config)
-        return browse(self.pair_set(config), view, query=query, sort=sort, index=index)
+        pair_set = self.pair_set(config)
+        try:
+            view = gaps.gaps(pair_set, config)
+        except DataError:  # which stands where the margins would
+            view = None
+        return browse(pair_set, view, query=query, sort=sort, index=index)
 
     def margins_csv(self, values: Mapping[str, Any]) -> str:
         """A file with EF, gap and target margin of each pair.
@@ -171,19 +176,27 @@ class DataServices:
 
     def margin_line(self, config: RunConfig) -> str:
         """What γ and β come to: the average target margin, where the data say it."""
+        if config.margin.source is None:
+            return f"{config.objective.name} has no target margin."
         try:
             config = self.places.check_config(config)
-            if len(self.pair_set(config)) <= FEW_PAIRS:
+            is_scored = config.margin.source == "ef"
+            if is_scored and len(self.pair_set(config)) <= FEW_PAIRS:
                 list(self.measure_lexical(config))
-            view = self.gaps(config)
+            pair_set = self.pair_set(config)
         except GapoError:
-            view = None
+            return "Average target margin: known once the pairs are opened (Data tab)."
+        try:
+            view = gaps.gaps(pair_set, config)
+        except GapoError:
+            return "Average target margin: there is none; the Data tab says why."
         if view is None:
             return "Average target margin: known once the pairs are scored (Data tab)."
-        return (
-            f"Average target margin **{view.mean_reward_margin:.3g} reward units** "
-            f"(SimPO's γ/β: {view.gamma_beta_ratio:.3g})"
-        )
+        line = f"Average target margin **{view.mean_reward_margin:.3g} reward units**"
+        if view.gamma_beta_ratio is not None:
+            return f"{line} (SimPO's γ/β: {view.gamma_beta_ratio:.3g})"
+        is_plain = not curves.asks_for_margin(config)
+        return f"{line}: plain {config.objective.name}" if is_plain else line
 
 
 def uploaded(path: Any) -> Path:

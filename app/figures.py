@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -31,11 +32,12 @@ def of_run(run: Run, history: History, *, axis: Axis, smoothing: float) -> str:
     Raises:
         GapoError: its configuration cannot be read.
     """
-    scale = config_of(run).objective.reward_scale
-    target = curves.summary(run).target_reward_margin
-    return "".join(
-        _one(history, figure, scale, axis, smoothing, target) for figure in curves.FIGURES
-    )
+    config = config_of(run)
+    scale, target = config.objective.reward_scale, curves.summary(run).target_reward_margin
+    figures: Sequence[Figure] = curves.FIGURES
+    if not curves.asks_for_margin(config):
+        figures = [replace(figure, target=None) for figure in figures]
+    return "".join(_one(history, figure, scale, axis, smoothing, target) for figure in figures)
 
 
 def overlay(runs: Sequence[Run], *, axis: Axis, smoothing: float) -> str:

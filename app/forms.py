@@ -7,6 +7,9 @@ shows, the YAML says and the command does are the same. A field's value is what 
     integer  the same, whole                          flag     True or False
     text     str, "" for none                         many     list of some of `choices`
     names    str, separated by commas                 lines    str, an item a line
+
+Which settings there are depends on the objective, on where its margin comes from and on the metric
+(CHOICES): the others' inputs are out of sight, and what they hold does not count.
 """
 
 from __future__ import annotations
@@ -16,22 +19,24 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from app.gaps import CONSTANT_MARGINS
 from gapo_lite.config import (
     RunConfig,
     differing_settings,
     load_config,
     parse_config,
     setting_keys,
+    used_settings,
 )
+from gapo_lite.ef import EVALUATION_FACTORS
 from gapo_lite.errors import ConfigError
+from gapo_lite.objectives import OBJECTIVES
 
 RECIPES = Path(__file__).parents[1] / "configs"
 
@@ -42,32 +47,73 @@ PRESETS = {
     "The paper on 24 GB": "llama3-8b-gapo-rougel-24gb.yaml",
     "SimPO: Llama-3-8B, 80 GB": "llama3-8b-simpo.yaml",
     "SimPO on 24 GB": "llama3-8b-simpo-24gb.yaml",
+    "GaPO with ratings: Llama-3-8B, 80 GB": "llama3-8b-gapo-rating.yaml",
+    "DPO: Llama-3-8B, 80 GB": "llama3-8b-dpo.yaml",
+    "IPO: Llama-3-8B, 80 GB": "llama3-8b-ipo.yaml",
+    "KTO: Llama-3-8B, 80 GB": "llama3-8b-kto.yaml",
+    "CPO: Llama-3-8B, 80 GB": "llama3-8b-cpo.yaml",
+    "ORPO: Llama-3-8B, 80 GB": "llama3-8b-orpo.yaml",
+    "R-DPO: Llama-3-8B, 80 GB": "llama3-8b-rdpo.yaml",
+    "SLiC: Llama-3-8B, 80 GB": "llama3-8b-slic.yaml",
+    "RRHF: Llama-3-8B, 80 GB": "llama3-8b-rrhf.yaml",
+    "DPOP: Llama-3-8B, 80 GB": "llama3-8b-dpop.yaml",
+    "β-DPO: Llama-3-8B, 80 GB": "llama3-8b-beta-dpo.yaml",
+    "WPO: Llama-3-8B, 80 GB": "llama3-8b-wpo.yaml",
+    "RSO: Llama-3-8B, 80 GB": "llama3-8b-rso.yaml",
 }
 """What the form can be filled with: words → a recipe under configs/."""
 
-MAIN = (
-    "objective.name",
-    "ef.metric",
-    "margin.mapping",
-    "margin.normalization",
-    "margin.gamma",
+CHOICES = ("objective.name", "margin.source", "ef.metric")
+"""Settings that decide which others there are."""
+
+LOSS = (
+    *(
+        "margin.source",
+        "data.rating_columns",
+        "ef.metric",
+        "margin.mapping",
+        "margin.normalization",
+        "margin.gamma",
+    ),
     "objective.beta",
-    "model.name",
-    "data.source",
-    "training.learning_rate",
-    "training.epochs",
-    "training.batch_size",
-    "training.micro_batch_size",
-    "lora.rank",
-    "training.seed",
+    *("objective.nll_weight", "objective.odds_weight", "objective.length_weight"),
+    *("objective.delta", "objective.fall_weight"),
+    *("objective.desirable_weight", "objective.undesirable_weight"),
+    *("objective.beta_gain", "objective.gap_momentum"),
 )
-"""Settings that are always in sight, in this order; all others are folded away."""
+"""Settings of the loss, of which an objective has some; in sight where it has them."""
+
+RUN = (
+    *("model.name", "data.source", "training.learning_rate", "training.epochs"),
+    *("training.batch_size", "training.micro_batch_size", "lora.rank", "training.seed"),
+)
+"""Settings that every run has and that are always in sight, two a row."""
+
+MAIN = ("objective.name", *LOSS, *RUN)
+"""Settings that are not folded away, in this order."""
+
+OPTIONAL = tuple(
+    key
+    for key in setting_keys()
+    if (key.startswith(("objective.", "margin.", "ef.")) and key != "objective.name")
+    or key == "data.rating_columns"
+)
+"""Settings that are out of sight where they have no effect."""
 
 _LABELS = {
     "objective.name": "objective",
     "ef.metric": "EF metric",
+    "margin.source": "margin from",
     "margin.gamma": "γ (gamma)",
     "objective.beta": "β (beta)",
+    "objective.nll_weight": "λ (NLL weight)",
+    "objective.odds_weight": "λ (odds weight)",
+    "objective.length_weight": "α (length weight)",
+    "objective.delta": "δ (delta)",
+    "objective.fall_weight": "λ (fall weight)",
+    "objective.desirable_weight": "λ_w (desirable weight)",
+    "objective.undesirable_weight": "λ_l (undesirable weight)",
+    "objective.beta_gain": "α (beta gain)",
     "model.name": "model",
     "data.source": "data",
     "lora.rank": "LoRA rank",
@@ -75,6 +121,14 @@ _LABELS = {
 _STEPS = {
     "margin.gamma": 0.05,
     "objective.beta": 0.5,
+    "objective.nll_weight": 0.1,
+    "objective.odds_weight": 0.1,
+    "objective.length_weight": 0.01,
+    "objective.delta": 0.1,
+    "objective.desirable_weight": 0.1,
+    "objective.undesirable_weight": 0.1,
+    "objective.beta_gain": 0.1,
+    "objective.gap_momentum": 0.05,
     "margin.ef_floor": 0.005,
     "training.learning_rate": 1e-6,
     "training.epochs": 0.5,
@@ -117,28 +171,68 @@ def folded() -> dict[str, list[FormField]]:
     return sections
 
 
+def used(values: Mapping[str, Any]) -> frozenset[str]:
+    """Keys of the settings that have an effect, so that their inputs are in sight.
+
+    Args:
+        values: those of CHOICES count; one that is none is in sight, to be mended.
+    """
+    name = values.get("objective.name", "gapo")
+    if not isinstance(name, str) or name not in OBJECTIVES:
+        return frozenset({*setting_keys()} - {*OPTIONAL})
+    source, metric = values.get("margin.source"), values.get("ef.metric")
+    return _used(
+        name,
+        source if isinstance(source, str) and source in OBJECTIVES[name].margins else None,
+        metric if isinstance(metric, str) and metric in EVALUATION_FACTORS else None,
+    )
+
+
+def own_values(objective: Any, source: Any = None) -> dict[str, Any]:
+    """What a newly chosen objective fills in: all of objective.* but its name, and all of margin.*,
+    None for what it has not.
+
+    Args:
+        objective: a key of OBJECTIVES.
+        source: where its margin comes from; None for its own default.
+
+    Raises:
+        ConfigError: there is no such objective, or it takes no margin from there.
+    """
+    settings = {"objective": {"name": objective}, "margin": {"source": source}}
+    shown = values_of(parse_config(settings, source="The form"))
+    del shown["objective.name"]
+    return {k: v for k, v in shown.items() if k.partition(".")[0] in ("objective", "margin")}
+
+
 def values_of(config: RunConfig) -> dict[str, Any]:
-    """What the inputs hold for a configuration, by key."""
-    dump = config.model_dump(mode="json")
+    """What the inputs hold for a configuration, by key: of objective.* and margin.*, None for what
+    has no effect."""
+    dump, there = config.model_dump(mode="json"), used_settings(config)
     return {
-        key: _shown(field, dump[section][name])
+        key: None
+        if section in ("objective", "margin") and key not in there
+        else _shown(field, dump[section][name])
         for key, field in fields().items()
         for section, _, name in [key.partition(".")]
     }
 
 
 def config_of(values: Mapping[str, Any]) -> RunConfig:
-    """The configuration that a filled form means.
+    """The configuration that a filled form means. What is out of sight in it does not count; what
+    is in sight and empty is the objective's own.
 
     Raises:
         ConfigError: naming every setting that is unknown, missing or out of range.
     """
     settings: dict[str, Any] = {}
+    there = used(values)
     for key, value in values.items():
         if key not in fields():
             raise ConfigError(f"there is no setting {key!r}.")
         section, _, name = key.partition(".")
-        settings.setdefault(section, {})[name] = _meant(fields()[key], value)
+        if key in there:
+            settings.setdefault(section, {})[name] = _meant(fields()[key], value)
     return parse_config(settings, source="The form")
 
 
@@ -161,17 +255,11 @@ def command(config: RunConfig, runs_dir: Path, name: str = "") -> str:
         runs_dir: folder of all runs.
         name: of the run; "" for the default.
     """
-    recipe, differences = min(
-        (
-            (file, differing_settings(config, load_config(RECIPES / file)))
-            for file in PRESETS.values()
-        ),
-        key=lambda candidate: len(candidate[1]),
-    )
+    recipe = min(PRESETS.values(), key=lambda file: len(differing_settings(config, _recipe(file))))
     program = Path(sys.executable).parent / "gapo-lite"  # need not be on the PATH
     words = [_portable(program), "train", _portable(RECIPES / recipe)]
-    for key, (value, _) in differences.items():
-        words += ["--set", f"{key}={_yaml_value(value)}"]
+    for override in _overrides(config, recipe):
+        words += ["--set", override]
     words += ["--name", name or default_name(config)]
     if runs_dir != Path("runs"):
         words += ["--runs-dir", str(runs_dir)]
@@ -179,9 +267,9 @@ def command(config: RunConfig, runs_dir: Path, name: str = "") -> str:
 
 
 def default_name(config: RunConfig) -> str:
-    """A run's name where a person gives none: objective and metric."""
-    name = config.objective.name
-    return name if name in CONSTANT_MARGINS else f"{name}-{config.ef.metric.lower()}"
+    """A run's name where a person gives none: objective, and what its margin comes from."""
+    margins = {"ef": f"-{config.ef.metric.lower()}", "rating": "-rating"}
+    return config.objective.name + margins.get(config.margin.source or "", "")
 
 
 def batch_line(config: RunConfig) -> str:
@@ -192,6 +280,35 @@ def batch_line(config: RunConfig) -> str:
         f"**{training.batch_size} pairs a step** = {training.micro_batch_size} at once × "
         f"{accumulation} accumulated"
     )
+
+
+@cache
+def _used(name: str, source: str | None, metric: str | None) -> frozenset[str]:
+    ef = {} if metric is None else {"metric": metric}
+    settings = {"objective": {"name": name}, "margin": {"source": source}, "ef": ef}
+    return frozenset(used_settings(parse_config(settings)))
+
+
+def _overrides(config: RunConfig, recipe: str) -> list[str]:
+    """What has to be set so that a recipe becomes a configuration. Another objective brings other
+    values of its own where the recipe says nothing, so that these are set too."""
+    differences = differing_settings(config, _recipe(recipe))
+    given: dict[str, str] = {}
+    while differences:
+        given |= {key: f"{key}={_yaml_value(value)}" for key, (value, _) in differences.items()}
+        differences = differing_settings(config, load_config(RECIPES / recipe, [*given.values()]))
+    return list(given.values())
+
+
+def _recipe(file: str) -> RunConfig:
+    return _read_recipe(file, (RECIPES / file).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=100)
+def _read_recipe(file: str, changed_ns: int) -> RunConfig:
+    """A recipe as it is since then: reading all of them takes too long for every change of a
+    form."""
+    return load_config(RECIPES / file)
 
 
 def _field(key: str) -> FormField:

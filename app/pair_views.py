@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from app import plots, views
 from app.browser import BrowsedPair, diff_html
-from app.gaps import CONSTANT_MARGINS, GapView
+from app.curves import asks_for_margin
+from app.gaps import GapView
 from app.notices import as_html
 from app.pairs import PairSet, overview, split_of
 from gapo_lite.config import RunConfig
@@ -48,15 +50,82 @@ def margins(view: GapView | None, config: RunConfig) -> str:
                 "BERTScore. It is kept, so training will not measure it again."
             ]
         )
+    margin = config.margin
+    if margin.source is None:
+        name = config.objective.name
+        return views.subtle(f"{name} has no target margin: its loss compares the responses as is.")
     items = [
         ("average target margin", f"{view.mean_reward_margin:.4g} reward units"),
-        ("γ", f"{config.margin.gamma:g}"),
-        ("SimPO's γ/β for it", f"{view.gamma_beta_ratio:.4g}"),
+        ("γ", f"{margin.gamma:g}"),
     ]
-    if config.objective.name in CONSTANT_MARGINS:
-        text = "Every pair has the same target margin: SimPO looks at no evaluation factor."
+    if view.gamma_beta_ratio is not None:
+        items.append(("SimPO's γ/β for it", f"{view.gamma_beta_ratio:.4g}"))
+    if margin.source == "constant":
+        text = "Every pair has the same target margin: no evaluation factor has a part in it."
+        if not asks_for_margin(config):
+            text = f"No pair has a target margin: this is plain {config.objective.name}."
         return views.facts(items) + views.subtle(text)
-    items += [
+    return (
+        views.facts([*items, *_gap_facts(view, margin.source)])
+        + views.warnings([view.warning] if view.warning else [])
+        + views.subtle(f"Counted over the {len(view.split.training):,} training pairs.")
+    )
+
+
+def figures(view: GapView | None, config: RunConfig) -> str:
+    """Distributions of EF, gap and target margin, as far as margins are made of them, and EF by
+    all metrics."""
+    if view is None:
+        return ""
+    used = view.split.training
+    small = [
+        plots.histogram(other, ef[used], range=(0.0, 1.0), small=True, note=_mean(ef[used]))
+        for other in EVALUATION_FACTORS
+        if (ef := view.known.get(other)) is not None
+    ]
+    large = "".join(_large_figures(view, config)) if asks_for_margin(config) else ""
+    grid = f'<div class="chart-grid">{large}</div>' if large else ""
+    return f'{grid}<div class="chart-grid small-charts">{"".join(small)}</div>'
+
+
+def _large_figures(view: GapView, config: RunConfig) -> Iterator[str]:
+    """From what margins are made of to the margins."""
+    used, margin = view.split.training, config.margin
+    is_constant, is_rating = margin.source == "constant", margin.source == "rating"
+    if margin.source == "ef":
+        yield plots.histogram(
+            f"Evaluation factor: {config.ef.metric}",
+            view.ef[used],
+            range=(0.0, 1.0),
+            marks=[(view.mean_ef, "mean"), (margin.ef_floor or 0.0, "floor")],
+            x_label="EF: 1 is the same text",
+        )
+    if not is_constant:
+        yield plots.histogram(
+            "Gap: ratings" if is_rating else f"Gap: {margin.mapping}",
+            view.gap[used],
+            marks=[(view.mean_gap, "mean")],
+            x_label="chosen minus rejected rating" if is_rating else "gap",
+            tone="chosen",
+        )
+    yield plots.histogram(
+        "Target margin",
+        view.reward_margin[used],
+        marks=[(view.mean_reward_margin, "γ, for all" if is_constant else "mean")],
+        x_label="reward units",
+        tone="heldout",
+    )
+
+
+def _gap_facts(view: GapView, source: str) -> list[tuple[str, str]]:
+    """What the gaps are made of, and what stands out among them."""
+    if source == "rating":
+        return [
+            ("mean gap of ratings", f"{view.mean_gap:.4g}"),
+            ("without ratings, at the mean", f"{view.num_unrated:,}"),
+            ("negative margins", f"{view.num_negative:,}"),
+        ]
+    return [
         ("mean EF", f"{view.mean_ef:.3f}"),
         ("mean gap", f"{view.mean_gap:.3f}"),
         ("EF = 0", f"{view.num_zero:,}"),
@@ -64,55 +133,6 @@ def margins(view: GapView | None, config: RunConfig) -> str:
         ("raised to the floor", f"{view.num_floored:,}"),
         ("negative margins", f"{view.num_negative:,}"),
     ]
-    of = views.subtle(f"Counted over the {len(view.split.training):,} training pairs.")
-    return views.facts(items) + views.warnings([view.warning] if view.warning else []) + of
-
-
-def figures(view: GapView | None, config: RunConfig) -> str:
-    """Distributions of EF, gap and target margin by the chosen metric, and EF by all others."""
-    if view is None:
-        return ""
-    used = view.split.training
-    name = config.ef.metric
-    constant = config.objective.name in CONSTANT_MARGINS
-    large = (
-        []
-        if constant
-        else [
-            plots.histogram(
-                f"Evaluation factor: {name}",
-                view.ef[used],
-                range=(0.0, 1.0),
-                marks=[(view.mean_ef, "mean"), (config.margin.ef_floor, "floor")],
-                x_label="EF: 1 is the same text",
-            ),
-            plots.histogram(
-                f"Gap: {config.margin.mapping}",
-                view.gap[used],
-                marks=[(view.mean_gap, "mean")],
-                x_label="gap",
-                tone="chosen",
-            ),
-        ]
-    )
-    large.append(
-        plots.histogram(
-            "Target margin",
-            view.reward_margin[used],
-            marks=[(view.mean_reward_margin, "SimPO's, for all" if constant else "mean")],
-            x_label="reward units",
-            tone="heldout",
-        )
-    )
-    small = [
-        plots.histogram(other, ef[used], range=(0.0, 1.0), small=True, note=_mean(ef[used]))
-        for other in EVALUATION_FACTORS
-        if (ef := view.known.get(other)) is not None
-    ]
-    return (
-        f'<div class="chart-grid">{"".join(large)}</div>'
-        f'<div class="chart-grid small-charts">{"".join(small)}</div>'
-    )
 
 
 def lengths(services: Services, config: RunConfig) -> str:

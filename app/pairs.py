@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,27 +47,31 @@ class PairSets:
         self._sets = Kept(capacity)
         self._loading = threading.Lock()  # the csv module's size limit is the whole process's
 
-    def load(self, source: str, split: str = "train") -> PairSet:
+    def load(
+        self, source: str, split: str = "train", rating_columns: Sequence[str] = ()
+    ) -> PairSet:
         """A set, read again where its file has changed.
 
         Args:
             source: as `Places.check_source` returns it.
             split: of a Hub data set or a saved DatasetDict.
+            rating_columns: `data.rating_columns`.
 
         Raises:
             DataError: it can't be read, or no row of it is usable.
         """
-        key = (source, split, _file_state(source))
-        return self._sets.get(key, lambda: self._load(source, split))
+        columns = tuple(rating_columns)
+        key = (source, split, columns, _file_state(source))
+        return self._sets.get(key, lambda: self._load(source, split, columns))
 
     def is_open(self, source: str, split: str = "train") -> bool:
-        """Whether `load` would not have to read it."""
-        return self._sets.find((source, split, _file_state(source))) is not None
+        """Whether it was loaded (by its own ratings) and is still here."""
+        return self._sets.find((source, split, (), _file_state(source))) is not None
 
-    def _load(self, source: str, split: str) -> PairSet:
+    def _load(self, source: str, split: str, columns: Sequence[str]) -> PairSet:
         is_local = Path(source).exists()  # a download, which may take long, keeps nobody waiting
         with self._loading if is_local else contextlib.nullcontext():
-            return _load(source, split)
+            return _load(source, split, columns)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,9 +145,9 @@ class Kept:
         return result
 
 
-def _load(source: str, split: str) -> PairSet:
+def _load(source: str, split: str, rating_columns: Sequence[str]) -> PairSet:
     try:
-        loaded = load_pairs(source, split=split)
+        loaded = load_pairs(source, split=split, rating_columns=rating_columns)
     except DataError as error:
         if not HUB_ID.fullmatch(source):
             raise

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from app import curves, history, jobs, views
-from app.gaps import CONSTANT_MARGINS
 from gapo_lite.config import RunConfig
 from gapo_lite.errors import GapoError
 from gapo_lite.runs import Run
@@ -33,16 +32,18 @@ def _results(run: Run) -> list[Any]:
     """The cells of a run after its name and state."""
     config = history.config_of(run)
     results = _result_cells(run, history.version(run))
+    if not curves.asks_for_margin(config):
+        results = [*results[:2], "–", *results[3:]]
     return [*results[:4], *_settings_cells(config), *results[4:]]
 
 
 def _settings_cells(config: RunConfig) -> list[Any]:
-    is_constant = config.objective.name in CONSTANT_MARGINS
+    metrics = {"ef": config.ef.metric, "rating": "ratings"}
     return [
         config.objective.name,
-        "–" if is_constant else config.ef.metric,
-        f"{config.margin.gamma:g}",
-        f"{config.objective.beta:g}",
+        metrics.get(config.margin.source or "", "–"),
+        _number(config.margin.gamma, "{:g}", none="–"),
+        _number(config.objective.beta, "{:g}", none="–"),
         config.data.source.rpartition("/")[2],
     ]
 
@@ -61,5 +62,5 @@ def _result_cells(run: Run, version: str) -> list[str]:
     ]
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+def _number(value: float | None, form: str, none: str = "") -> str:
+    return none if value is None else form.format(value)

@@ -25,10 +25,9 @@ def comparison(found: dict[str, Any]) -> str:
         (name, form.format(found["base"][key]), form.format(found["tuned"][key]))
         for key, name, form in _ROWS
     ]
-    about = (
-        f"{found['num_pairs']:,} held-out pairs, adapter of step {found['step']}; target reward "
-        f"margin {found['target_reward_margin']:.3f}."
-    )
+    about = f"{found['num_pairs']:,} held-out pairs, adapter of step {found['step']}"
+    target = found["target_reward_margin"]
+    about += f"; target reward margin {target:.3f}." if target else "; no target margin."
     table = views.table(("held-out pairs", "base model", "tuned"), rows)
     return f'{table}{views.subtle(about)}<div class="chart-grid">{_by_ef(found)}</div>'
 

@@ -242,7 +242,9 @@ class Services:
             GapoError: a run cannot be read.
         """
         configs = [history.config_of(self.run(name)) for name in (one, other)]
-        return [(key, str(a), str(b)) for key, (a, b) in differing_settings(*configs).items()]
+        return [
+            (key, _setting(a), _setting(b)) for key, (a, b) in differing_settings(*configs).items()
+        ]
 
     def export_merged(self, name: str) -> Path:
         """Writes the merged model; see results.export_merged.
@@ -329,6 +331,10 @@ class Services:
         if voice.startswith("base: "):
             return self.data.places.check_model(voice.removeprefix("base: ")), False
         return self.run(voice).name, True
+
+
+def _setting(value: Any) -> str:
+    return "–" if value is None else str(value)
 
 
 def _refuse_aliases(file: Path) -> None:

@@ -22,6 +22,7 @@ from app.children import cleaned
 from app.curves import Ends, summary
 from app.history import History, config_of, read_history, version
 from app.verdict_facts import Facts, Samples, repetition
+from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.runs import Run, read_jsonl
 
 Level = Literal["good", "watch", "bad"]
@@ -91,7 +92,8 @@ def judge(
     history: History,
     samples: Samples,
     *,
-    beta: float,
+    beta: float | None,
+    is_averaged: bool = True,
     target_reward_margin: float | None,
     state: str,
     max_grad_norm: float = 1.0,
@@ -102,13 +104,17 @@ def judge(
     Args:
         history: of the run.
         samples: rows of samples.jsonl.
-        beta: β.
-        target_reward_margin: average target margin of the training pairs, None if not known.
+        beta: β, None for an objective without.
+        is_averaged: whether rewards are averages per token, and not sums.
+        target_reward_margin: average target margin of the training pairs, None if not known or if
+            none is asked for.
         state: of `Run.state()`.
         max_grad_norm: what gradients are clipped to.
         message: why the run failed, as status.json has it.
     """
-    facts = Facts(history, samples, beta, target_reward_margin, state, max_grad_norm, message)
+    facts = Facts(
+        history, samples, beta, is_averaged, target_reward_margin, state, max_grad_norm, message
+    )
     found = {rule: finding for rule in _RULES if (finding := rule(facts))}
     told = [finding for rule, finding in found.items() if found.keys().isdisjoint(_RULES[rule])]
     if any(finding.level == "bad" for finding in told):
@@ -129,11 +135,12 @@ def verdict(run: Run) -> list[Finding]:
 @lru_cache(maxsize=64)
 def _judged(path: Path, seen: str, state: str) -> tuple[Finding, ...]:
     run = Run(path)
-    training, beta = config_of(run).training, config_of(run).objective.beta
+    training, objective = config_of(run).training, config_of(run).objective
     findings = judge(
         read_history(run),
         read_jsonl(path / "samples.jsonl"),
-        beta=beta,
+        beta=objective.beta,
+        is_averaged=OBJECTIVES[objective.name].length_normalized,
         target_reward_margin=summary(run).target_reward_margin,
         state=state,
         max_grad_norm=training.max_grad_norm,
@@ -174,8 +181,8 @@ def _not_a_number(facts: Facts) -> Finding | None:
                 f"The {name} is not a number",
                 f"It is infinite or not a number from step {rows['step'][bad[0]]:.0f} on: the "
                 "steps were too large, or the precision too low.",
-                "Lower training.learning_rate to a tenth, or objective.beta; if that does not "
-                "help, use model.precision: float32.",
+                f"Lower training.learning_rate to a tenth{_if_beta(facts, ', or objective.beta')}; "
+                "if that does not help, use model.precision: float32.",
             )
     return None
 
@@ -209,7 +216,7 @@ def _chosen_falls(facts: Facts) -> Finding | None:
         )
     verb = "fell" if moved.rejected < 0 else "rose"
     asked = ""
-    if facts.target:
+    if facts.target and facts.beta and facts.is_averaged:
         asked = f" The target asks for a distance of {facts.target / facts.beta:.2f} only."
     return Finding(
         "bad" if is_worse or moved.chosen <= -CHOSEN_FALL_BAD else "watch",
@@ -219,7 +226,8 @@ def _chosen_falls(facts: Facts) -> Finding | None:
         f"as likely as at the start. The rejected ones {verb} by {abs(moved.rejected):.2f}, "
         f"{how}{asked}",
         f"Lower training.learning_rate to {'a tenth' if moved.chosen <= -COLLAPSE else 'a third'}, "
-        "or train fewer training.epochs; if it falls again, lower margin.gamma.",
+        "or train fewer training.epochs"
+        f"{_if_target(facts, '; if it falls again, lower margin.gamma')}.",
     )
 
 
@@ -270,8 +278,8 @@ def _answers_loop(facts: Facts) -> Finding | None:
         "Sample answers repeat themselves",
         f"{len(loops)} of {len(facts.tuned)} sample answers say the same again and again: {now:.0%}"
         f" of their text was there before, {then:.0%} in the same answers before training.",
-        "Use an earlier checkpoint or fewer training.epochs; lower training.learning_rate, then "
-        "margin.gamma.",
+        "Use an earlier checkpoint or fewer training.epochs; lower training.learning_rate"
+        f"{_if_target(facts, ', then margin.gamma')}.",
     )
 
 
@@ -364,8 +372,8 @@ def _always_clipped(facts: Facts) -> Finding | None:
         "Gradients are clipped hard all the time",
         f"The median norm is {median:.3g}; training.max_grad_norm cuts it to "
         f"{facts.max_grad_norm:g}, so that every batch counts alike, odd ones too.",
-        f"Raise training.max_grad_norm to about {median:.2g}, or lower objective.beta, which "
-        "gradients grow with.",
+        f"Raise training.max_grad_norm to about {median:.2g}"
+        f"{_if_beta(facts, ', or lower objective.beta, which gradients grow with')}.",
     )
 
 
@@ -376,12 +384,13 @@ def _learned_little(facts: Facts) -> Finding | None:
     is_low = _is_low(margin.last, facts.target)
     if not is_low and accuracy.last >= FINE_ACCURACY:
         return None
+    behind = "; if the margin stays behind, margin.gamma asks for more than these pairs give"
     return Finding(
         "watch",
         "The margin is far below its target" if is_low else "It has learned a little",
         _sentence(_standing(facts)),
-        "Train longer (training.epochs) or raise training.learning_rate; if the margin stays "
-        "behind, margin.gamma asks for more than these pairs give.",
+        "Train longer (training.epochs) or raise training.learning_rate"
+        f"{_if_target(facts, behind)}.",
     )
 
 
@@ -401,7 +410,7 @@ def _answers_longer(facts: Facts) -> Finding | None:
         f"They have {now:.0f} characters on average, and had {then:.0f} before training. Longer "
         "answers often win comparisons without being better.",
         "Compare the lengths of chosen and rejected in the data: if chosen ones are much longer, "
-        "that is what was learned. A smaller margin.gamma weakens it.",
+        f"that is what was learned.{_if_target(facts, ' A smaller margin.gamma weakens it.')}",
     )
 
 
@@ -515,6 +524,15 @@ def _which(numbers: Ends) -> str:
 def _times(nats: float) -> str:
     factor = math.exp(nats)
     return f"{factor:.2f} times" if factor >= 0.01 else "less than a hundredth"
+
+
+def _if_beta(facts: Facts, words: str) -> str:
+    return words if facts.beta else ""
+
+
+def _if_target(facts: Facts, words: str) -> str:
+    """Words about γ, which a plain method has not."""
+    return words if facts.target else ""
 
 
 def _about_chosen(facts: Facts) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,12 +32,14 @@ class Facts:
     """What `judge` was given, and what follows from it.
 
     Attributes:
-        history, samples, beta, target_reward_margin, state, max_grad_norm, message: see `judge`.
+        history, samples, beta, is_averaged, target_reward_margin, state, max_grad_norm, message:
+            see `judge`.
     """
 
     history: History
     samples: Samples
-    beta: float
+    beta: float | None
+    is_averaged: bool
     target_reward_margin: float | None
     state: str
     max_grad_norm: float
@@ -56,8 +58,12 @@ class Facts:
 
     @cached_property
     def accuracy(self) -> Ends | None:
-        """At the beginning and now; None while that cannot be said."""
-        return curves.ends(self.history, "rewards/accuracies")
+        """At the beginning and now; None while that cannot be said. A model that is its own
+        reference ranks no pair: that is guessing, not being wrong about all."""
+        found, margin = curves.ends(self.history, "rewards/accuracies"), self.margin
+        if found and margin and found.first == margin.first == 0.0:
+            return replace(found, first=0.5)
+        return found
 
     @cached_property
     def margin(self) -> Ends | None:

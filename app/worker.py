@@ -34,7 +34,7 @@ from app.children import environment, own_stdout
 from gapo_lite.data import data_fingerprint, load_pairs
 from gapo_lite.ef import cache as ef_cache
 from gapo_lite.ef import check_options
-from gapo_lite.embedded import EMBEDDED_MODELS, cache_dir
+from gapo_lite.embedded import cache_dir, model_state
 from gapo_lite.errors import ConfigError, DataError, GapoError, ModelError, RunError
 from gapo_lite.outputs import whole_file
 from gapo_lite.types import PreferencePair
@@ -105,7 +105,7 @@ def lengths_path(fingerprint: str, model: str, revision: str | None) -> Path:
     Raises:
         RunError: there is no folder for the cache.
     """
-    key = [LENGTHS_VERSION, fingerprint, model, revision, _model_state(model)]
+    key = [LENGTHS_VERSION, fingerprint, model, revision, model_state(model)]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     return cache_dir() / "lengths" / f"{digest}.npz"
 
@@ -136,14 +136,6 @@ def _messages(stdout: IO[bytes]) -> Iterator[tuple[int, int]]:
                         raise _ERRORS[message["kind"]](message["error"])
                     last = (message["done"], message["total"])
             yield last
-
-
-def _model_state(model: str) -> list[object]:
-    """What tells two states of a local or embedded model apart; empty for one on the Hub."""
-    if model in EMBEDDED_MODELS:
-        return [EMBEDDED_MODELS[model].requirement]
-    stats = [(path.name, path.stat()) for path in sorted(Path(model).glob("*")) if path.is_file()]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 # -- the worker's side --

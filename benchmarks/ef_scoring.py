@@ -15,6 +15,8 @@ import os
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +52,8 @@ def main() -> None:
         for ef in ("rougeL", "rouge1", "rouge2", "jaccard")
     ]
     result["many"] = time_many(chosen, rejected, arguments.pairs)
-    result["bertscore"] = compare_bertscore(chosen, rejected, 64)
+    result["bertscore"] = compare_bertscore(chosen, rejected, 256)
+    result["bertscore_memory"] = [bertscore_memory(count) for count in (1_000, 10_000, 50_000)]
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -143,7 +146,7 @@ def compare_bertscore(chosen: Texts, rejected: Texts, count: int) -> dict[str, A
     )
     print(
         f"bertscore on {count} pairs, {MINILM}: bert-score {theirs:.1f} s, ours {ours:.1f} s, "
-        f"largest difference of P, R or F1 {difference:.1e}"
+        f"({theirs / ours:.1f} times), largest difference of P, R or F1 {difference:.1e}"
     )
     return {
         "pairs": count,
@@ -151,6 +154,21 @@ def compare_bertscore(chosen: Texts, rejected: Texts, count: int) -> dict[str, A
         "seconds": ours,
         "largest_difference": difference,
     }
+
+
+def bertscore_memory(count: int) -> dict[str, Any]:
+    """Peak memory of a process that scores so many short pairs, no two texts alike."""
+    program = (
+        "import resource, sys; from gapo_lite.ef.semantic import bert_scores; "
+        "texts = [[f'{side} {i} of {i % 97}' for i in range(int(sys.argv[1]))] for side in 'ab']; "
+        f"bert_scores(*texts, model={MINILM!r}); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
+    )
+    command = [sys.executable, "-c", program, str(count)]
+    seconds, done = timed(lambda: subprocess.run(command, capture_output=True, check=True))
+    found = {"pairs": count, "seconds": seconds, "peak_gib": round(float(done.stdout), 3)}
+    print(f"bertscore of {count:,} short pairs: {seconds:.0f} s, peak {found['peak_gib']} GiB")
+    return found
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:

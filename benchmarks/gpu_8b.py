@@ -51,6 +51,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gapo_lite.attention import SHARED_PREFIX
+from gapo_lite.config import ObjectiveConfig
 from gapo_lite.errors import RunError
 from gapo_lite.model import (
     _keep_trainable_layout,
@@ -397,8 +398,7 @@ def _gapo_trainer(bench: Bench, arguments: dict[str, Any]) -> common.RecordedGap
         bench.policy,
         TrainingArguments(**arguments, bf16=bench.dtype == torch.bfloat16),
         bench.pairs,
-        objective="simpo",
-        beta=BETA,
+        objective=ObjectiveConfig(name="simpo", beta=BETA),
     )
 
 

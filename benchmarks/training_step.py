@@ -37,6 +37,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from gapo_lite.batching import render_prompt, tokenize_pairs
+from gapo_lite.config import ObjectiveConfig
 from gapo_lite.data import load_pairs
 from gapo_lite.model import add_adapter, load_base, load_tokenizer, pick_precision, why_not_packed
 from gapo_lite.types import PreferencePair, TokenizedPair
@@ -224,8 +225,7 @@ def _gapo_trainer(
         policy,
         TrainingArguments(**arguments),
         tokens,
-        objective="simpo",
-        beta=options.beta,
+        objective=ObjectiveConfig(name="simpo", beta=options.beta),
         layout=layout,
         pad_id=tokenizer.pad_token_id,
     )

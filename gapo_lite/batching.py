@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -252,13 +253,22 @@ def pad(pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
     )
 
 
-def _targets(pairs: Sequence[TokenizedPair]) -> dict[str, torch.Tensor]:
+def _targets(pairs: Sequence[TokenizedPair]) -> dict[str, Any]:
     responses = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
     return {
         "target_ids": _tensor(responses),
         "lengths": torch.tensor([len(response) for response in responses]),
         "margin": torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
+        "reference": _references(pairs),
     }
+
+
+def _references(pairs: Sequence[TokenizedPair]) -> torch.Tensor | None:
+    known = [pair.reference for pair in pairs if pair.reference is not None]
+    if len(known) < len(pairs):
+        return None
+    chosen, rejected = zip(*known, strict=True)
+    return torch.tensor(chosen + rejected, dtype=torch.float32)
 
 
 def _tensor(parts: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:

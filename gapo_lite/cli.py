@@ -228,6 +228,10 @@ def score(
     use_stemmer: Annotated[
         bool, typer.Option("--use-stemmer", help="Porter stemmer, for jaccard and ROUGE.")
     ] = False,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="rouge (a–z and 0–9 only) or unicode (any script), for the same."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Encoder for BERTScore.")] = None,
     layer: Annotated[int | None, typer.Option(help="Layer of the encoder.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Texts the encoder reads at once.")] = None,
@@ -241,6 +245,7 @@ def score(
 
     given = {
         "use_stemmer": use_stemmer or None,
+        "tokenizer": tokenizer,
         "model": model,
         "layer": layer,
         "batch_size": batch_size,
@@ -261,7 +266,7 @@ def score(
         )
     with whole_file(out) as part:
         SCORE_FILES[out.suffix](part, [p.line for p in loaded.pairs], scores)
-    show_scores(loaded, ef, scores)
+    show_scores(loaded, ef, options, scores)
     typer.echo(f"written to {out}")
 
 

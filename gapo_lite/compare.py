@@ -23,6 +23,7 @@ import torch
 from gapo_lite.batching import pack, pad
 from gapo_lite.config import RunConfig
 from gapo_lite.evaluate import Collate, PairScores, score_heldout, summarize
+from gapo_lite.loss import PairLoss
 from gapo_lite.model import (
     load_adapter,
     load_base,
@@ -31,8 +32,8 @@ from gapo_lite.model import (
     pick_precision,
     why_not_packed,
 )
-from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.preparation import PreparedData, heldout_of
+from gapo_lite.reference import with_reference
 from gapo_lite.runs import Run
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Comparison:
         run: name of the run.
         step: optimizer steps that the adapter has seen.
         objective, metric: keys of OBJECTIVES and EVALUATION_FACTORS.
-        gamma: γ.
+        gamma: γ, None for an objective without a margin.
         target_margin: mean target margin of the held-out pairs, in the units of `logps_avg`.
         target_reward_margin: the same in reward units, to compare with `rewards/margins`.
         num_pairs: held-out pairs scored.
@@ -79,7 +80,7 @@ class Comparison:
     step: int
     objective: str
     metric: str
-    gamma: float
+    gamma: float | None
     target_margin: float
     target_reward_margin: float
     num_pairs: int
@@ -112,21 +113,30 @@ def compare(
         pick_precision(config.model.precision, pick_device()),
         pick_device(),
     )
-    score = partial(
-        score_heldout,
-        policy,
-        heldout.tokenized.pairs,
-        partial(
-            OBJECTIVES[config.objective.name].fn, **config.objective.model_dump(exclude={"name"})
-        ),
-        _collate(config, policy),
-        batch_size=batch_size or config.training.eval_batch_size,
-        device=pick_device(),
-    )
-    count = len(heldout.tokenized.pairs)
+    collate, pairs = _collate(config, policy), heldout.tokenized.pairs
+    size, device = batch_size or config.training.eval_batch_size, pick_device()
+    loss = PairLoss(config.objective)
+    if loss.spec.uses_reference:
+        pairs = with_reference(
+            policy, pairs, collate, model=config.model, batch_size=size, device=device
+        )
+
+    def score(before: int) -> PairScores:
+        loss.look_at(policy, pairs, collate, size, device, is_step=False)
+        return score_heldout(
+            policy,
+            pairs,
+            loss,
+            collate,
+            batch_size=size,
+            device=device,
+            forward=loss.logps,
+            progress=progress and (lambda done, total: progress(before + done, 2 * total)),
+        )
+
     with policy.disable_adapter():
-        base = score(progress=progress and (lambda done, total: progress(done, 2 * count)))
-    tuned = score(progress=progress and (lambda done, total: progress(count + done, 2 * count)))
+        base = score(0)
+    tuned = score(len(pairs))
     return _comparison(run, config, adapter, heldout, base, tuned)
 
 

@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from gapo_lite.errors import ConfigError
+from gapo_lite.objectives import OBJECTIVES
 
 
 class _Section(BaseModel):
@@ -110,6 +111,12 @@ class DataConfig(_Section):
     split_seed: int = Field(
         0, ge=0, lt=2**32, description="Seed of that split, apart from training.seed."
     )
+    rating_columns: list[str] = Field(
+        default_factory=list,
+        max_length=2,
+        description="Columns for margin.source: rating. One: the gap itself; two: scores of chosen "
+        "and rejected; none: the data's own.",
+    )
     max_pairs: int | None = Field(
         None, ge=1, description="Use at most so many training pairs (the first)."
     )
@@ -131,6 +138,10 @@ class EfConfig(_Section):
         "jaccard", "rouge1", "rouge2", "rougeL", "bertscore_p", "bertscore_r", "bertscore_f1"
     ] = Field("rougeL", description="Text similarity in [0, 1]; ROUGE-L is best in the paper.")
     use_stemmer: bool = Field(False, description="Porter stemmer for jaccard and ROUGE.")
+    tokenizer: Literal["rouge", "unicode"] = Field(
+        "rouge",
+        description="Words of jaccard and ROUGE: rouge sees a–z and 0–9 only, unicode any script.",
+    )
     bertscore_model: str = Field(
         "roberta-large",
         min_length=1,
@@ -154,41 +165,130 @@ class EfConfig(_Section):
                 "layer": self.bertscore_layer,
                 "batch_size": self.bertscore_batch_size,
             }
-        return {"use_stemmer": self.use_stemmer}
+        return {"use_stemmer": self.use_stemmer, "tokenizer": self.tokenizer}
+
+
+def _filled_margin(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The margin's settings with what the objective takes where they say nothing."""
+    spec = OBJECTIVES[name]
+    given = {key: value for key, value in given.items() if value is not None}
+    if not spec.takes_margin:
+        unused = [key for key in given if key in MarginConfig.model_fields]
+        _refuse_unused([f"margin.{key}" for key in unused], name)
+        return given
+    source = given.get("source", spec.margins[0])
+    if source in ("ef", "constant", "rating") and source not in spec.margins:
+        raise ValueError(
+            f"margin.source is {source}, but {name} takes its margin from "
+            f"{' or '.join(spec.margins)}; with a constant margin it is simpo"
+        )
+    is_plain = source == "constant" and name != "simpo"
+    defaults = {
+        "source": source,
+        "mapping": "log",
+        "normalization": "scale",
+        "gamma": 0.0 if is_plain else spec.gamma,
+        "ef_floor": 0.01,
+    }
+    return {**defaults, **given}
+
+
+def _refuse_unused(keys: list[str], objective: str) -> None:
+    if keys:
+        raise ValueError(
+            f"{objective} has no {' and no '.join(keys)}: remove "
+            f"{'it' if len(keys) == 1 else 'them'}, or choose another objective.name"
+        )
 
 
 class MarginConfig(_Section):
-    """From evaluation factors to target margins."""
+    """The target margin, and how it comes from evaluation factors. Which of these settings there
+    are depends on the objective: RunConfig fills in what is left out."""
 
-    mapping: Literal["log", "linear", "square", "sqrt"] = Field(
-        "log", description="gap of EF: log(1/EF), 1 − EF, 1 − EF², 1 − √EF."
+    source: Literal["ef", "constant", "rating"] | None = Field(
+        None,
+        description="ef: from the pair's texts; rating: from the data's own scores; constant: γ "
+        "for all (the plain method, where γ is 0).",
     )
-    normalization: Literal["scale", "shift", "none"] = Field(
-        "scale", description="scale: γ·gap/mean(gap); shift: gap − mean(gap) + γ; none: gap."
+    mapping: Literal["log", "linear", "square", "sqrt"] | None = Field(
+        None, description="gap of EF: log(1/EF), 1 − EF, 1 − EF², 1 − √EF."
     )
-    gamma: float = Field(
-        0.3, ge=0, le=100, description="γ: average target margin, before β (SimPO's γ/β)."
+    normalization: Literal["scale", "shift", "none"] | None = Field(
+        None, description="scale: γ·gap/mean(gap); shift: gap − mean(gap) + γ; none: gap."
     )
-    ef_floor: float = Field(
-        0.01, gt=0, le=1, description="Smaller EFs are raised to it; log(1/0) is infinite."
+    gamma: float | None = Field(
+        None, ge=0, le=1000, description="γ: average target margin, before β (SimPO's γ/β)."
+    )
+    ef_floor: float | None = Field(
+        None, gt=0, le=1, description="Smaller EFs are raised to it; log(1/0) is infinite."
     )
 
 
 class ObjectiveConfig(_Section):
-    """The loss."""
+    """The loss. Which of these settings there are depends on its name: those that are left out take
+    the objective's own values (see docs/objectives.md), and those that it has not are refused."""
 
-    name: Literal["gapo", "simpo"] = Field(
-        "gapo", description="gapo: a margin a pair; simpo: γ for all."
+    name: Literal[
+        "gapo", "simpo", "dpo", "ipo", "kto", "cpo", "orpo", "rdpo", "slic", "rrhf", "dpop",
+        "beta_dpo", "wpo", "rso",
+    ] = Field(
+        "gapo", description="gapo is SimPO with a margin a pair; see docs/objectives.md."
+    )  # fmt: skip
+    beta: float | None = Field(None, gt=0, le=1000, description="β: scale of the reward.")
+    margin_scale: Literal["beta", "one"] | None = Field(
+        None, description="beta: the margin is multiplied by β (eq. 5); one: it is not (eq. 9)."
     )
-    beta: float = Field(10.0, gt=0, le=1000, description="β: scale of the reward.")
-    margin_scale: Literal["beta", "one"] = Field(
-        "beta", description="beta: the margin is multiplied by β (eq. 5); one: it is not (eq. 9)."
+    nll_weight: float | None = Field(
+        None, ge=0, le=1000, description="λ: weight of the chosen response's likelihood."
     )
+    odds_weight: float | None = Field(
+        None, ge=0, le=1000, description="λ: weight of ORPO's odds ratio."
+    )
+    length_weight: float | None = Field(
+        None, ge=0, le=100, description="α: R-DPO's reward units a token of greater length."
+    )
+    delta: float | None = Field(None, ge=0, le=1000, description="δ: SLiC's margin, in nats.")
+    fall_weight: float | None = Field(
+        None, ge=0, le=10_000, description="λ: what DPOP adds for a chosen response that falls."
+    )
+    desirable_weight: float | None = Field(
+        None, ge=0, le=1000, description="λ_w: KTO's weight of chosen responses."
+    )
+    undesirable_weight: float | None = Field(
+        None, ge=0, le=1000, description="λ_l: KTO's weight of rejected responses."
+    )
+    beta_gain: float | None = Field(
+        None, ge=0, le=10, description="α: how far β-DPO's β follows the step's mean gap."
+    )
+    gap_momentum: float | None = Field(
+        None, ge=0, lt=1, description="Momentum of the running mean gap in β-DPO."
+    )
+    reference: Literal["cached", "on_the_fly"] | None = Field(
+        None,
+        description="Log-probabilities of the model without adapter: cached computes them once "
+        "before training; on_the_fly in every step.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_parameters(cls, given: Any) -> Any:
+        name = given.get("name", "gapo") if isinstance(given, dict) else None
+        if not isinstance(name, str) or name not in OBJECTIVES:
+            return given
+        spec = OBJECTIVES[name]
+        known = dict(spec.parameters)
+        if spec.uses_reference:
+            known["reference"] = "cached"
+        given = {key: value for key, value in given.items() if value is not None}
+        _refuse_unused(
+            [key for key in given if key in cls.model_fields and key not in ("name", *known)], name
+        )
+        return {**known, **given}
 
     @property
     def reward_scale(self) -> float:
         """What a margin is multiplied by to be in reward units (METHOD.md, section 3)."""
-        return self.beta if self.margin_scale == "beta" else 1.0
+        return self.beta if self.beta is not None and self.margin_scale == "beta" else 1.0
 
 
 class TrainingConfig(_Section):
@@ -253,14 +353,46 @@ class RunConfig(_Section):
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
-    ef: EfConfig = EfConfig()
-    margin: MarginConfig = MarginConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    ef: EfConfig = EfConfig()
+    margin: MarginConfig = Field(MarginConfig(), validate_default=True)
     training: TrainingConfig = TrainingConfig()
+
+    @field_validator("margin", mode="before")
+    @classmethod
+    def _margin_of_the_objective(cls, given: Any, info: ValidationInfo) -> Any:
+        if isinstance(given, MarginConfig):
+            given = given.model_dump()
+        if not isinstance(given, dict) or "objective" not in info.data:
+            return given  # which is said elsewhere
+        return _filled_margin(info.data["objective"].name, given)
 
     def to_yaml(self) -> str:
         """The resolved configuration, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def used_settings(config: RunConfig) -> set[str]:
+    """Dotted keys of the settings that have an effect on this configuration's training."""
+    objective, metric = OBJECTIVES[config.objective.name], config.ef.metric
+    is_semantic = metric.startswith("bertscore_")
+    ef = {
+        f"ef.{key}"
+        for key in EfConfig.model_fields
+        if key == "metric" or key.startswith("bertscore_") == is_semantic
+    }
+    by_source = {
+        "ef": {f"margin.{key}" for key in MarginConfig.model_fields} | ef,
+        "rating": {"margin.source", "margin.normalization", "margin.gamma", "data.rating_columns"},
+        "constant": {"margin.source", "margin.gamma"},
+        None: set(),
+    }
+    others = {
+        key for key in setting_keys() if key.split(".")[0] not in ("objective", "margin", "ef")
+    } - {"data.rating_columns"}
+    own = {f"objective.{key}" for key in ("name", *objective.parameters)}
+    reference = {"objective.reference"} if objective.uses_reference else set()
+    return others | own | reference | by_source[config.margin.source]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -86,6 +86,14 @@ def embedded_data_path(name: str) -> Path:
     return path
 
 
+def model_state(name: str) -> list[object]:
+    """What tells two states of a local or embedded model apart; empty for one on the Hub."""
+    if name in EMBEDDED_MODELS:
+        return [EMBEDDED_MODELS[name].requirement]
+    files = sorted(path for path in Path(name).expanduser().glob("*") if path.is_file())
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
 def cache_dir() -> Path:
     """Folder for results that can be computed again: $GAPO_LITE_CACHE, else in the user's cache.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from gapo_lite.types import LossOutput, PairBatch, PairLogps, TokenizedPair
 logger = logging.getLogger(__name__)
 
 LossFn = Callable[[PairLogps, torch.Tensor], LossOutput]
+Forward = Callable[[Policy, PairBatch], PairLogps]
 Collate = Callable[[Sequence[TokenizedPair]], PairBatch]
 
 
@@ -53,7 +54,6 @@ def pair_scores(
     )
 
 
-@torch.no_grad()
 def score_heldout(
     model: Policy,
     pairs: Sequence[TokenizedPair],
@@ -62,6 +62,7 @@ def score_heldout(
     *,
     batch_size: int,
     device: torch.device,
+    forward: Forward = forward_logps,
     progress: Callable[[int, int], None] | None = None,
 ) -> PairScores:
     """Scores each pair without dropout and without gradients; the model's mode is restored
@@ -74,34 +75,65 @@ def score_heldout(
         collate: makes a batch of some pairs.
         batch_size: pairs a forward pass.
         device: where the model is.
+        forward: (model, batch) → logps.
         progress: called with (pairs done, N).
+
+    Raises:
+        RunError: out of memory with one pair.
+    """
+    columns: list[torch.Tensor] = []
+    done = 0
+    for batch, logps in forward_pairs(model, pairs, forward, collate, batch_size, device):
+        output = loss_fn(logps, batch.margin)
+        columns.append(torch.stack(pair_scores(logps, output, batch.margin)).cpu())
+        done += len(batch)
+        if progress:
+            progress(done, len(pairs))
+    values = torch.cat(columns, dim=1).double().numpy()
+    return PairScores(*values)
+
+
+@torch.no_grad()
+def forward_pairs(
+    model: Policy,
+    pairs: Sequence[TokenizedPair],
+    forward: Forward,
+    collate: Collate,
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[tuple[PairBatch, PairLogps]]:
+    """Batches of all pairs in order with their log-probabilities, without dropout and gradients; in
+    smaller batches where memory runs out.
+
+    Raises:
+        RunError: out of memory with one pair.
     """
     training = model.training
     model.eval()
-    columns: list[torch.Tensor] = []
-    start = 0
-    while start < len(pairs):
-        batch = collate(pairs[start : start + batch_size]).to(device)
-        try:
-            logps = forward_logps(model, batch)
-        except torch.OutOfMemoryError as error:
-            if batch_size == 1:
-                raise RunError(
-                    f"out of memory while scoring one held-out pair of {batch.num_tokens} tokens: "
-                    f"lower data.max_length. ({str(error)[:200]})"
-                ) from None
-            batch_size = math.ceil(batch_size / 2)
-            logger.warning("Out of memory: scoring %d pair(s) at a time from here on.", batch_size)
-            continue
-        start += len(batch)
-        columns.append(
-            torch.stack(pair_scores(logps, loss_fn(logps, batch.margin), batch.margin)).cpu()
-        )
-        if progress:
-            progress(start, len(pairs))
-    model.train(training)
-    values = torch.cat(columns, dim=1).double().numpy()
-    return PairScores(*values)
+    try:
+        start = 0
+        while start < len(pairs):
+            batch = collate(pairs[start : start + batch_size]).to(device)
+            try:
+                logps = forward(model, batch)
+            except torch.OutOfMemoryError as error:
+                batch_size = _smaller(batch_size, batch, error)
+                continue
+            start += len(batch)
+            yield batch, logps
+    finally:
+        model.train(training)
+
+
+def _smaller(batch_size: int, batch: PairBatch, error: torch.OutOfMemoryError) -> int:
+    if batch_size == 1:
+        raise RunError(
+            f"out of memory while scoring one pair of {batch.num_tokens} tokens: lower "
+            f"data.max_length. ({str(error)[:200]})"
+        ) from None
+    batch_size = math.ceil(batch_size / 2)
+    logger.warning("Out of memory: scoring %d pair(s) at a time from here on.", batch_size)
+    return batch_size
 
 
 def summarize(scores: PairScores) -> dict[str, float]:

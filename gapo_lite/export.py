@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gapo_lite.compare import adapter_step
-from gapo_lite.config import RunConfig
+from gapo_lite.config import RunConfig, setting_keys, used_settings
 from gapo_lite.model import (
     _quiet_transformers,
     damaged_adapter,
@@ -27,6 +27,7 @@ from gapo_lite.model import (
     load_base,
     load_tokenizer,
 )
+from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.outputs import whole_folder
 from gapo_lite.runs import Run
 
@@ -240,16 +241,9 @@ def _settings(run: Run) -> list[tuple[str, str]]:
         ("base weights in training", config.model.quantization),
         ("data", f"{public_name(config.data.source)}, {_count(margins, 'train')} training pairs"),
         ("objective", objective.name),
-        ("evaluation factor", config.ef.metric),
-        ("mapping", config.margin.mapping),
-        ("normalisation", config.margin.normalization),
-        ("EF floor", f"{config.margin.ef_floor:g}"),
-        ("γ", f"{config.margin.gamma:g}"),
-        ("β", f"{objective.beta:g} (margin scale: {objective.margin_scale})"),
-        (
-            "average target margin in reward units",
-            f"{margins.get('mean_margin_in_reward_units', float('nan')):.4g}",
-        ),
+        ("loss of a pair", OBJECTIVES[objective.name].formula),
+        *_own_settings(config),
+        *_target_margin(config, margins),
         ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, on {targets}"),
         (
             "learning rate",
@@ -263,8 +257,43 @@ def _settings(run: Run) -> list[tuple[str, str]]:
         ),
         ("seed", str(training.seed)),
     ]
-    without_ef = ("evaluation factor", "mapping", "normalisation", "EF floor")
-    return [row for row in rows if objective.name != "simpo" or row[0] not in without_ef]
+    return rows
+
+
+def _target_margin(config: RunConfig, margins: dict[str, Any]) -> list[tuple[str, str]]:
+    if config.margin.source is None:
+        return []
+    mean = margins.get("mean_margin_in_reward_units", float("nan"))
+    return [("average target margin in reward units", f"{mean:.4g}")]
+
+
+_NAMES = {
+    "ef.metric": "evaluation factor",
+    "margin.source": "target margin from",
+    "margin.mapping": "mapping",
+    "margin.normalization": "normalisation",
+    "margin.ef_floor": "EF floor",
+    "margin.gamma": "γ",
+    "objective.beta": "β",
+}
+
+
+def _own_settings(config: RunConfig) -> list[tuple[str, str]]:
+    """What the objective and its margin have."""
+    scale = config.objective.margin_scale
+    rows = []
+    for key in sorted(used_settings(config), key=setting_keys().index):
+        section, _, name = key.partition(".")
+        if section not in ("objective", "ef", "margin") or key in _TOLD:
+            continue
+        value = getattr(getattr(config, section), name)
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        with_scale = f" (margin scale: {scale})" if key == "objective.beta" and scale else ""
+        rows.append((_NAMES.get(key, key), text + with_scale))
+    return rows
+
+
+_TOLD = ("objective.name", "objective.margin_scale")
 
 
 def _count(margins: dict[str, Any], split: str) -> str:

@@ -13,6 +13,7 @@ Naive equivalent (what the tests compare with):
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ TILE_ROWS = {"cpu": 256, "cuda": 2048}
 GiB)."""
 
 
-def pair_logps(hidden: torch.Tensor, weight: torch.Tensor, batch: PairBatch) -> PairLogps:
+def pair_logps(
+    hidden: torch.Tensor, weight: torch.Tensor, batch: PairBatch, *, certainty: bool = False
+) -> PairLogps:
     """Sums of the scored tokens' log-probabilities, response by response.
 
     Args:
@@ -32,18 +35,30 @@ def pair_logps(hidden: torch.Tensor, weight: torch.Tensor, batch: PairBatch) -> 
             (2B, L, H).
         weight: (V, H) the output head, frozen.
         batch: which rows predict which tokens of which response.
+        certainty: whether `PairLogps.chosen_certainty` is wanted.
     """
     rows = hidden.flatten(0, 1).index_select(0, batch.predict_index)
-    token_logps = selected_logps(rows, weight, batch.target_ids)
+    squares = torch.empty(len(rows), device=rows.device) if certainty else None
+    token_logps = selected_logps(rows, weight, batch.target_ids, squares)
     # Not index_add, whose order of addition is random on CUDA.
     sums = torch.segment_reduce(token_logps, "sum", lengths=batch.lengths)
     chosen, rejected = sums.chunk(2)
     chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
-    return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
+    logps = PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
+    if batch.reference is not None:
+        ref_chosen, ref_rejected = batch.reference.chunk(2)
+        logps = replace(logps, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    if squares is not None:
+        means = torch.segment_reduce(squares, "mean", lengths=batch.lengths).chunk(2)
+        logps = replace(logps, chosen_certainty=means[0], rejected_certainty=means[1])
+    return logps
 
 
 def selected_logps(
-    rows: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    target_ids: torch.Tensor,
+    squares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(N,) float32 log-probabilities of `target_ids` (N,) under softmax(rows @ weight.T).
 
@@ -51,8 +66,10 @@ def selected_logps(
         rows: (N, H) hidden states.
         weight: (V, H) output head; it gets no gradient.
         target_ids: (N,) tokens.
+        squares: (N,) float32, is filled with the logarithm of each row's sum of squared
+            probabilities.
     """
-    return _SelectedLogps.apply(rows, weight.detach(), target_ids, torch.is_grad_enabled())
+    return _SelectedLogps.apply(rows, weight.detach(), target_ids, squares, torch.is_grad_enabled())
 
 
 class _SelectedLogps(torch.autograd.Function):
@@ -64,6 +81,7 @@ class _SelectedLogps(torch.autograd.Function):
         rows: torch.Tensor,
         weight: torch.Tensor,
         target_ids: torch.Tensor,
+        squares: torch.Tensor | None,
         needs_grad: bool,
     ) -> torch.Tensor:
         rows = rows.to(weight.dtype)
@@ -73,6 +91,8 @@ class _SelectedLogps(torch.autograd.Function):
         for start in range(0, len(rows), size):
             tile = slice(start, start + size)
             logps[tile], exps, totals = _tile_logps(rows[tile], weight, target_ids[tile])
+            if squares is not None:
+                squares[tile] = 2 * (torch.linalg.vector_norm(exps, dim=1).log() - totals.log())
             if grad_rows is not None:
                 softmax = exps.div_(totals[:, None]).to(weight.dtype)
                 torch.mm(softmax, weight, out=grad_rows[tile])
@@ -81,9 +101,9 @@ class _SelectedLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (grad_rows,) = ctx.saved_tensors
-        return grad_rows * grads[0][:, None].to(grad_rows.dtype), None, None, None
+        return grad_rows * grads[0][:, None].to(grad_rows.dtype), None, None, None, None
 
 
 def _tile_logps(

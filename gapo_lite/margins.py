@@ -5,6 +5,8 @@ is this project's own decision: real data has pairs with no common token (EF = 0
 be infinite), and the paper does not say what it does with them.
 
     ef ── clamp to [ef_floor, 1] ── mapping ──> gap ── normalisation with γ ──> target margin
+
+A gap can also be the difference of the data's own ratings, the paper's future work.
 """
 
 from __future__ import annotations
@@ -80,29 +82,91 @@ def estimate_margins(
     _check_settings(mapping, normalization, ef_floor)
     _check_ef(ef)
     gaps = MAPPINGS[mapping](np.clip(ef, ef_floor, 1.0)) + 0.0  # -log(1) = -0.0 becomes 0.0
+    return _normalized(
+        gaps,
+        normalization,
+        gamma,
+        mean_gap,
+        f"every gap is 0: all {ef.size} pairs have an evaluation factor of 1 (chosen and rejected "
+        "look the same to this metric)",
+        num_floored=int((ef < ef_floor).sum()),
+        num_equal=int((ef == 1.0).sum()),
+    )
+
+
+def rating_margins(
+    gaps: np.ndarray,
+    *,
+    normalization: str = "scale",
+    gamma: float = 0.3,
+    mean_gap: float | None = None,
+) -> Margins:
+    """Turns differences of ratings into target margins.
+
+    Args:
+        gaps: (N,) chosen minus rejected rating; NaN where a pair has none, which then gets the
+            mean gap.
+        normalization: a key of NORMALIZATIONS.
+        gamma: γ, the mean target margin under `scale` and `shift`.
+        mean_gap: mean gap of the training split, for held-out pairs; None computes it.
+
+    Raises:
+        ConfigError: an unknown normalisation.
+        DataError: no pair has ratings, or `scale` where the mean gap is not above 0.
+    """
+    gaps = np.asarray(gaps, dtype=np.float64)
+    _check_settings("log", normalization, 1.0)
+    rated = np.isfinite(gaps)
+    if not rated.any() and mean_gap is None:
+        raise DataError(
+            f"none of {gaps.size} pairs has ratings of both responses, so margin.source: rating "
+            "has nothing to go by. Name the columns in data.rating_columns, or use margin.source: "
+            "ef."
+        )
+    mean = float(gaps[rated].mean()) if mean_gap is None else mean_gap
+    return _normalized(
+        np.where(rated, gaps, mean),
+        normalization,
+        gamma,
+        mean,
+        f"the mean gap is {mean:.4g}: the ratings of {gaps.size} pairs do not favour the chosen "
+        "responses",
+        num_floored=0,
+        num_equal=int((gaps == 0.0).sum()),
+    )
+
+
+def _normalized(
+    gaps: np.ndarray,
+    normalization: str,
+    gamma: float,
+    mean_gap: float | None,
+    why_none: str,
+    *,
+    num_floored: int,
+    num_equal: int,
+) -> Margins:
     if mean_gap is None:
         mean_gap = float(gaps.mean())
     if normalization == "scale" and mean_gap <= 0.0:
         raise DataError(
-            f"every gap is 0: all {ef.size} pairs have an evaluation factor of 1 (chosen and "
-            "rejected look the same to "
-            "this metric), so `normalization: scale` would divide by zero. Choose another EF "
-            "metric, use "
-            "`normalization: shift`, or check that chosen and rejected are different columns."
+            f"{why_none}, so `normalization: scale` would divide by zero or less. Choose another "
+            "EF metric or margin.source, use `normalization: shift`, or check that chosen and "
+            "rejected are different columns."
         )
     values = NORMALIZATIONS[normalization](gaps, mean_gap, gamma)
     return Margins(
         values=values,
         gaps=gaps,
         mean_gap=mean_gap,
-        num_floored=int((ef < ef_floor).sum()),
-        num_equal=int((ef == 1.0).sum()),
+        num_floored=num_floored,
+        num_equal=num_equal,
         num_negative=int((values < 0.0).sum()),
     )
 
 
 def constant_margins(num_pairs: int, gamma: float) -> Margins:
-    """SimPO's margins: γ for every pair. `gaps` equal `values`; nothing is floored."""
+    """The same margin γ for every pair, as SimPO's. `gaps` equal `values`; nothing is floored."""
     values = np.full(num_pairs, float(gamma))
     return Margins(values, values, float(gamma), num_floored=0, num_equal=0, num_negative=0)
 

@@ -45,17 +45,18 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
-def forward_logps(model: Policy, batch: PairBatch) -> PairLogps:
+def forward_logps(model: Policy, batch: PairBatch, *, certainty: bool = False) -> PairLogps:
     """Log-probabilities of a batch's scored tokens; the whole way from token ids to `PairLogps`.
 
     Args:
         model: the policy; its adapter counts unless it is disabled.
         batch: on the model's device, in either layout.
+        certainty: whether `PairLogps.chosen_certainty` is wanted.
     """
     causal = causal_model(model)
     head = causal.get_output_embeddings().weight
     with _autocast(causal):
-        return pair_logps(_hidden_states(causal, batch), head, batch)
+        return pair_logps(_hidden_states(causal, batch), head, batch, certainty=certainty)
 
 
 def causal_model(model: Policy) -> PreTrainedModel:
@@ -66,6 +67,11 @@ def causal_model(model: Policy) -> PreTrainedModel:
 
 def _hidden_states(causal: PreTrainedModel, batch: PairBatch) -> torch.Tensor:
     packed = batch.segments is not None
+    if packed and causal.config._attn_implementation != SHARED_PREFIX:
+        raise ModelError(
+            "this model's attention does not know the packed layout, and would mix the responses: "
+            "ask why_not_packed(model) first, which teaches it, or use the padded layout."
+        )
     extra = {"segments": batch.segments} if packed else {}
     return causal.base_model(
         input_ids=batch.input_ids,

@@ -83,7 +83,7 @@ def _readable_row(run: Run) -> RunOverview:
         path=str(run.path),
         state=run.state(),
         objective=config.objective.name,
-        metric=None if config.objective.name == "simpo" else config.ef.metric,
+        metric=config.ef.metric if config.margin.source == "ef" else None,
         gamma=config.margin.gamma,
         beta=config.objective.beta,
         target_reward_margin=margins.get("mean_margin_in_reward_units"),

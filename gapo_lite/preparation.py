@@ -15,13 +15,13 @@ from gapo_lite.batching import TokenizedPairs, tokenize_pairs
 from gapo_lite.config import RunConfig
 from gapo_lite.data import load_pairs, split_pairs
 from gapo_lite.data.report import describe_problems
-from gapo_lite.ef import EVALUATION_FACTORS, count_unseen
+from gapo_lite.ef import EVALUATION_FACTORS, find_unseen
 from gapo_lite.ef.cache import cached_scores
 from gapo_lite.errors import ConfigError
-from gapo_lite.margins import Margins, constant_margins, estimate_margins
+from gapo_lite.margins import Margins, constant_margins, estimate_margins, rating_margins
 from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.progress import scoring_progress
-from gapo_lite.types import LoadedPairs, PreferencePair
+from gapo_lite.types import LoadedPairs, PreferencePair, TokenizedPair
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class PreparedData:
 
     Attributes:
         pairs: N pairs.
-        ef: (N,) evaluation factors, unclamped; NaN for objectives without them.
+        ef: (N,) evaluation factors, unclamped; NaN where the margin is made without them.
         margins: (N,) target margins and what is known of them.
         tokenized: the pairs as tokens, and what was cut or dropped.
     """
@@ -99,10 +99,10 @@ def _load_and_split(
     config: RunConfig, notes: list[str]
 ) -> tuple[LoadedPairs, list[PreferencePair], list[PreferencePair]]:
     data = config.data
-    loaded = _load(data.source, data.split, notes)
+    loaded = _load(config, data.source, data.split, notes)
     if data.heldout_source:
         train_pairs = loaded.pairs[: data.max_pairs]
-        heldout_pairs = _load(data.heldout_source, data.heldout_split, notes).pairs
+        heldout_pairs = _load(config, data.heldout_source, data.heldout_split, notes).pairs
         trained = {str(pair.prompt) for pair in train_pairs}
         shared = sum(str(pair.prompt) in trained for pair in heldout_pairs)
         if shared:
@@ -117,8 +117,8 @@ def _load_and_split(
     return loaded, train_pairs[: data.max_pairs], heldout_pairs
 
 
-def _load(source: str, split: str, notes: list[str]) -> LoadedPairs:
-    loaded = load_pairs(source, split=split)
+def _load(config: RunConfig, source: str, split: str, notes: list[str]) -> LoadedPairs:
+    loaded = load_pairs(source, split=split, rating_columns=config.data.rating_columns)
     if loaded.problems:
         notes.append(describe_problems(loaded))
     return loaded
@@ -127,17 +127,14 @@ def _load(source: str, split: str, notes: list[str]) -> LoadedPairs:
 def _score(
     config: RunConfig, pairs: list[PreferencePair], progress: Any, notes: list[str]
 ) -> np.ndarray:
-    if OBJECTIVES[config.objective.name].takes_margin == "constant" or not pairs:
+    if config.margin.source != "ef" or not pairs:
         return np.full(len(pairs), np.nan)
     chosen, rejected = [p.chosen for p in pairs], [p.rejected for p in pairs]
     if EVALUATION_FACTORS[config.ef.metric].family == "lexical":
-        unseen = count_unseen(chosen, rejected)
-        if unseen:
-            notes.append(
-                f"{config.ef.metric} sees no word at all in a text of {unseen} of {len(pairs)} "
-                "pairs (ROUGE's tokenizer knows a–z and 0–9 only), so their margin says nothing. "
-                "For other scripts use ef.metric: bertscore_f1 with a multilingual encoder."
-            )
+        unseen = find_unseen(chosen, rejected, config.ef.tokenizer)
+        remedy = "ef.tokenizer: unicode, or ef.metric: bertscore_f1 with a multilingual encoder"
+        if warning := unseen.warning(config.ef.metric, remedy):
+            notes.append(warning)
     return cached_scores(chosen, rejected, config.ef.metric, config.ef.options(), progress)
 
 
@@ -156,33 +153,67 @@ def _split_data(
         max_prompt_length=config.data.max_prompt_length,
     )
     ef = ef[tokenized.indices]
-    margins = _margins(config, ef, mean_gap)
-    with_margins = [
+    kept = [pairs[index] for index in tokenized.indices]
+    margins = _margins(config, ef, kept, mean_gap)
+    ready = [
         replace(pair, margin=float(margin))
         for pair, margin in zip(tokenized.pairs, margins.values, strict=True)
     ]
-    kept = [pairs[index] for index in tokenized.indices]
-    return PreparedData(kept, ef, margins, replace(tokenized, pairs=with_margins))
+    if OBJECTIVES[config.objective.name].statistic == "kl":
+        ready = _with_mismatched(ready, config.data.max_length)
+    return PreparedData(kept, ef, margins, replace(tokenized, pairs=ready))
 
 
-def _margins(config: RunConfig, ef: np.ndarray, mean_gap: float | None) -> Margins:
-    if OBJECTIVES[config.objective.name].takes_margin == "constant":
-        return constant_margins(len(ef), config.margin.gamma)
-    return estimate_margins(ef, **config.margin.model_dump(), mean_gap=mean_gap)
+def _margins(
+    config: RunConfig, ef: np.ndarray, pairs: list[PreferencePair], mean_gap: float | None
+) -> Margins:
+    margin = config.margin
+    how = margin.model_dump(exclude={"source"})
+    if margin.source == "ef":
+        return estimate_margins(ef, **how, mean_gap=mean_gap)
+    if margin.source == "rating":
+        gaps = np.array([pair.rating_gap for pair in pairs])
+        how = margin.model_dump(include={"normalization", "gamma"})
+        return rating_margins(gaps, **how, mean_gap=mean_gap)
+    return constant_margins(len(ef), margin.gamma or 0.0)
+
+
+def _with_mismatched(pairs: list[TokenizedPair], max_length: int) -> list[TokenizedPair]:
+    """Each with the responses of the next one to its own prompt, cut to what there is room for."""
+    following = [*pairs[1:], pairs[0]]
+    return [
+        replace(pair, mismatched=_mismatched(pair, other, max_length - len(pair.prompt_ids)))
+        for pair, other in zip(pairs, following, strict=True)
+    ]
+
+
+def _mismatched(pair: TokenizedPair, other: TokenizedPair, room: int) -> TokenizedPair:
+    return TokenizedPair(
+        pair.prompt_ids, other.chosen_ids[:room], other.rejected_ids[:room], margin=0.0
+    )
 
 
 def _about_margins(config: RunConfig, train: PreparedData) -> str:
-    margins, mean = train.margins, float(train.margins.values.mean())
+    margins, margin, mean = train.margins, config.margin, float(train.margins.values.mean())
+    count = f"{len(train.pairs)} training pairs"
+    if margin.source is None:
+        return f"{count}; {config.objective.name} has no target margin."
+    beta = "" if config.objective.beta is None else f", β = {config.objective.beta:g}"
     text = (
-        f"{len(train.pairs)} training pairs. γ = {config.margin.gamma:g}, β = "
-        f"{config.objective.beta:g}: average target margin {mean:.4g}, in reward units "
+        f"{count}. γ = {margin.gamma:g}{beta}: average target margin {mean:.4g}, in reward units "
         f"{mean * config.objective.reward_scale:.4g}"
     )
-    if OBJECTIVES[config.objective.name].takes_margin == "constant":
+    if margin.source == "constant":
         return f"{text}, the same for all pairs."
+    if margin.source == "rating":
+        unrated = sum(np.isnan(pair.rating_gap) for pair in train.pairs)
+        return (
+            f"{text} (differences of ratings, {margin.normalization}); {unrated} pairs without "
+            f"ratings have the average margin, {margins.num_negative} a negative one."
+        )
     return (
-        f"{text} ({config.ef.metric}, {config.margin.mapping}, {config.margin.normalization}); "
-        f"{margins.num_floored} pairs raised to the EF floor {config.margin.ef_floor:g}, "
+        f"{text} ({config.ef.metric}, {margin.mapping}, {margin.normalization}); "
+        f"{margins.num_floored} pairs raised to the EF floor {margin.ef_floor:g}, "
         f"{margins.num_equal} with EF = 1, {margins.num_negative} with a negative margin."
     )
 

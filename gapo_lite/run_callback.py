@@ -41,6 +41,7 @@ class RunCallback(TrainerCallback):
         show_progress: bool,
     ):
         self.run, self.training, self.tokenizer = run, training, tokenizer
+        self.show_progress = show_progress
         self.progress = TrainingProgress(run.name, show_progress)
         self.is_main = PartialState().is_main_process
         self.asked_to_stop = False

@@ -6,8 +6,8 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 from gapo_lite.errors import RunError
 
@@ -106,12 +106,21 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str
     Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False).print(table)
 
 
-def show_scores(loaded: LoadedPairs, ef: str, scores: np.ndarray) -> None:
-    """What `gapo-lite score` found: counts, the spread of the scores (N,), and unseen texts."""
+def show_scores(
+    loaded: LoadedPairs, ef: str, options: Mapping[str, Any], scores: np.ndarray
+) -> None:
+    """What `gapo-lite score` found: counts, the spread of the scores (N,), and unseen texts.
+
+    Args:
+        loaded: the N pairs.
+        ef: a key of EVALUATION_FACTORS.
+        options: of `ef`, those that are not its defaults.
+        scores: (N,).
+    """
     import numpy as np
 
     from gapo_lite.data.report import describe_counts
-    from gapo_lite.ef import EVALUATION_FACTORS, count_unseen
+    from gapo_lite.ef import EVALUATION_FACTORS, check_options, find_unseen
 
     print(describe_counts(loaded))
     quantiles = np.quantile(scores, [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1])
@@ -124,14 +133,14 @@ def show_scores(loaded: LoadedPairs, ef: str, scores: np.ndarray) -> None:
     )
     if EVALUATION_FACTORS[ef].family != "lexical":
         return
-    if unseen := count_unseen([p.chosen for p in loaded.pairs], [p.rejected for p in loaded.pairs]):
-        logger.warning(
-            "%d of %d pairs have a text without any letter a to z or digit, which is all that %s "
-            "sees: they score 0 however alike they are. For such languages use a BERTScore.",
-            unseen,
-            len(scores),
-            ef,
-        )
+    unseen = find_unseen(
+        [p.chosen for p in loaded.pairs],
+        [p.rejected for p in loaded.pairs],
+        check_options(ef, options)["tokenizer"],
+    )
+    remedy = "--tokenizer unicode, or --ef bertscore_f1 with a multilingual --model"
+    if warning := unseen.warning(ef, remedy):
+        logger.warning("%s", warning)
 
 
 _COMPARED = (
@@ -155,9 +164,9 @@ def show_comparison(comparison: Comparison) -> None:
         "pairs": f"{comparison.num_pairs:,}",
     }
     rows += [(label, value, value, "") for label, value in same.items()]
-    title = (
-        f"{comparison.run}, step {comparison.step}: {comparison.objective}, γ {comparison.gamma:g}"
-    )
+    title = f"{comparison.run}, step {comparison.step}: {comparison.objective}"
+    if comparison.gamma is not None:
+        title += f", γ {comparison.gamma:g}"
     show_table(("", "base", "tuned", "change"), rows, title)
     if comparison.by_ef:
         columns = (f"accuracy by {comparison.metric}", "base", "tuned", "change", "pairs")

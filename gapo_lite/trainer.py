@@ -28,10 +28,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gapo_lite.batching import pack, pad
 from gapo_lite.checkpoints import commit_checkpoint, stage_path
+from gapo_lite.config import ObjectiveConfig
 from gapo_lite.errors import RunError
-from gapo_lite.evaluate import Collate, LossFn, PairScores, pair_scores, score_heldout, summarize
-from gapo_lite.model import forward_logps
-from gapo_lite.objectives import OBJECTIVES
+from gapo_lite.evaluate import Collate, PairScores, pair_scores, score_heldout, summarize
+from gapo_lite.loss import PairLoss
 from gapo_lite.runs import Run, telling_disk_errors
 from gapo_lite.training_state import (
     load_optimizer,
@@ -64,9 +64,8 @@ class GapoTrainer(Trainer):
         args: the stock arguments; `per_device_train_batch_size` counts pairs.
         train_pairs: what to learn from, with their target margins.
         heldout_pairs: what to evaluate on; may be empty.
-        objective: a key of OBJECTIVES.
-        beta: β.
-        margin_scale: see `objectives.gapo_loss`.
+        objective: what is minimised. Where it compares with the reference, pairs without
+            reference log-probabilities cost a forward pass more in every step.
         layout: "packed" or "padded".
         pad_id: token that fills padded rows.
         run: folder that metrics and checkpoints go to; without one nothing is written.
@@ -80,9 +79,7 @@ class GapoTrainer(Trainer):
         train_pairs: Sequence[TokenizedPair],
         heldout_pairs: Sequence[TokenizedPair] = (),
         *,
-        objective: str = "gapo",
-        beta: float = 10.0,
-        margin_scale: str = "beta",
+        objective: ObjectiveConfig | None = None,
         layout: str = "packed",
         pad_id: int = 0,
         run: Run | None = None,
@@ -94,9 +91,7 @@ class GapoTrainer(Trainer):
         self.heldout_pairs = list(heldout_pairs)
         self.splits = 1  # micro-batches are cut into so many parts since memory ran out
         self.policy = model
-        self.loss_fn: LossFn = partial(
-            OBJECTIVES[objective].fn, beta=beta, margin_scale=margin_scale
-        )
+        self.pair_loss = PairLoss(objective or ObjectiveConfig())
         self.collate: Collate = pack if layout == "packed" else partial(pad, pad_id=pad_id)
         self._step_pairs: list[list[TokenizedPair]] = []  # micro-batches of the step under way
         self._step_sums = torch.zeros(len(MEANS) + 2, dtype=torch.float64, device=args.device)
@@ -130,6 +125,7 @@ class GapoTrainer(Trainer):
         self._window_sums += self._step_sums
         self._step_sums.zero_()
         self._step_pairs = []
+        self._look_at([pair for batch in batch_samples for pair in batch], is_step=True)
         pairs = sum(len(batch) for batch in batch_samples)
         if self.args.world_size == 1:
             return pairs
@@ -158,13 +154,23 @@ class GapoTrainer(Trainer):
         size = math.ceil(len(pairs) / self.splits)
         for start in range(0, len(pairs), size):
             batch = self.collate(pairs[start : start + size]).to(self.args.device)
-            logps = forward_logps(self.policy, batch)
-            output = self.loss_fn(logps, batch.margin)
+            logps = self.pair_loss.logps(self.policy, batch)
+            output = self.pair_loss(logps, batch.margin)
             loss = output.losses.sum() / num_pairs  # mean over the pairs of the whole step
             loss.backward()
             self._step_sums += _sums(batch, logps, output)
             total += loss.detach()
         return total
+
+    def _look_at(self, pairs: list[TokenizedPair], *, is_step: bool) -> None:
+        self.pair_loss.look_at(
+            self.policy,
+            pairs,
+            self.collate,
+            self.args.per_device_eval_batch_size,
+            self.args.device,
+            is_step=is_step,
+        )
 
     def _redo_in_halves(self, num_pairs: int, oom: str) -> torch.Tensor:
         """Starts the optimizer step again with smaller forward passes (a broken one may have left
@@ -276,13 +282,15 @@ class GapoTrainer(Trainer):
 
     def heldout_scores(self) -> PairScores:
         """Scores of the held-out pairs as the model is now."""
+        self._look_at(self.heldout_pairs, is_step=False)
         return score_heldout(
             self.policy,
             self.heldout_pairs,
-            self.loss_fn,
+            self.pair_loss,
             self.collate,
             batch_size=self.args.per_device_eval_batch_size,
             device=self.args.device,
+            forward=self.pair_loss.logps,
         )
 
     # -- checkpoints --
@@ -315,6 +323,7 @@ class GapoTrainer(Trainer):
             "window": window,
             "splits": self.splits,
             "elapsed_s": self.elapsed_seconds(),
+            "running_gap": self.pair_loss.running_gap,
             "processes": self.args.world_size,
         }
         (stage / "gapo.json").write_text(json.dumps(own))
@@ -338,6 +347,7 @@ class GapoTrainer(Trainer):
                 own["window"], dtype=torch.float64, device=self.args.device
             )
         self.splits = own["splits"]
+        self.pair_loss.running_gap = own.get("running_gap", 0.0)  # absent in version 0.3's
         self._seconds_before = own["elapsed_s"]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from gapo_lite.batching import pack, pad
 from gapo_lite.checkpoints import (
     forget_after,
     list_checkpoints,
@@ -31,6 +33,7 @@ from gapo_lite.checkpoints import (
 )
 from gapo_lite.config import RunConfig, TrainingConfig, settings_difference
 from gapo_lite.errors import ConfigError, GapoError
+from gapo_lite.evaluate import Collate
 from gapo_lite.model import (
     add_adapter,
     load_base,
@@ -40,7 +43,9 @@ from gapo_lite.model import (
     why_not_packed,
 )
 from gapo_lite.preparation import Prepared, prepare
+from gapo_lite.progress import scoring_progress
 from gapo_lite.records import write_beginnings
+from gapo_lite.reference import with_reference
 from gapo_lite.run_callback import RunCallback, status_record, stopping_on_signals
 from gapo_lite.runs import (
     Run,
@@ -51,6 +56,7 @@ from gapo_lite.runs import (
     telling_disk_errors,
 )
 from gapo_lite.trainer import GapoTrainer
+from gapo_lite.types import TokenizedPair
 
 logger = logging.getLogger(__name__)
 
@@ -162,20 +168,51 @@ def _trainer(
     set_seed(config.training.seed)
     heldout = prepared.heldout.tokenized.pairs if prepared.heldout else []
     pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad_id = next(i for i in pad_ids if i is not None)
+    collate = pack if layout == "packed" else partial(pad, pad_id=pad_id)
+    train_pairs, heldout = (
+        _with_reference(config, policy, pairs, collate, device, callback.show_progress)
+        for pairs in (prepared.train.tokenized.pairs, heldout)
+    )
     return GapoTrainer(
         policy,
         training_arguments(config.training, run, device, heldout=bool(heldout), resuming=resuming),
-        prepared.train.tokenized.pairs,
+        train_pairs,
         heldout,
-        objective=config.objective.name,
-        beta=config.objective.beta,
-        margin_scale=config.objective.margin_scale,
+        objective=config.objective,
         layout=layout,
-        pad_id=next(i for i in pad_ids if i is not None),
+        pad_id=pad_id,
         run=run,
         keep_checkpoints=config.training.keep_checkpoints,
         callbacks=[callback],
     )
+
+
+def _with_reference(
+    config: RunConfig,
+    policy: PeftModel,
+    pairs: list[TokenizedPair],
+    collate: Collate,
+    device: torch.device,
+    show_progress: bool,
+) -> list[TokenizedPair]:
+    """The pairs with what the base model says of them, where the objective compares with it and it
+    is not to be computed in every step."""
+    if config.objective.reference != "cached" or not pairs:
+        return pairs
+    with (
+        PartialState().main_process_first(),  # the others find it in the cache
+        scoring_progress("by the reference", show_progress) as progress,
+    ):
+        return with_reference(
+            policy,
+            pairs,
+            collate,
+            model=config.model,
+            batch_size=config.training.eval_batch_size,
+            device=device,
+            progress=progress,
+        )
 
 
 def _policy(config: RunConfig, device: torch.device) -> PeftModel:

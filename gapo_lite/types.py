@@ -39,6 +39,13 @@ class PreferencePair:
     rejected_rating: float | None = None
     strength: float | None = None
 
+    @property
+    def rating_gap(self) -> float:
+        """How much better the data say the chosen response is; NaN where they say nothing."""
+        if self.chosen_rating is None or self.rejected_rating is None:
+            return float("nan")
+        return self.chosen_rating - self.rejected_rating
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -88,13 +95,19 @@ class TokenizedPair:
         chosen_ids: the scored tokens of the chosen response: its text and one end-of-turn token
             (which is cut off where the response had to be truncated). Never empty.
         rejected_ids: the same of the rejected response.
-        margin: target margin, in the units of `logps_avg`.
+        margin: target margin, in the units of the objective's log-probabilities.
+        reference: the reference's summed log-probabilities of chosen and rejected, for objectives
+            that compare with it.
+        mismatched: for objectives that estimate a divergence, another pair's responses to this
+            prompt.
     """
 
     prompt_ids: np.ndarray
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
     margin: float
+    reference: tuple[float, float] | None = None
+    mismatched: TokenizedPair | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -143,8 +156,10 @@ class PairBatch:
         target_ids: (N,) the scored tokens.
         lengths: (2B,) scored tokens a response, chosen 0..B-1 then rejected 0..B-1;
             `predict_index` and `target_ids` are in that order.
-        margin: (B,) float32 target margins, in the units of `logps_avg`.
+        margin: (B,) float32 target margins, in the units of the objective's log-probabilities.
         num_tokens: real tokens in `input_ids`.
+        reference: (2B,) float32 summed log-probabilities under the reference, in the order of
+            `lengths`; None where they are not known.
     """
 
     input_ids: torch.Tensor
@@ -156,6 +171,7 @@ class PairBatch:
     lengths: torch.Tensor
     margin: torch.Tensor
     num_tokens: int
+    reference: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.margin)
@@ -172,12 +188,31 @@ class PairLogps:
     Attributes:
         chosen, rejected: (B,) sums over the scored tokens.
         chosen_lengths, rejected_lengths: (B,) scored tokens.
+        ref_chosen, ref_rejected: (B,) sums under the reference; None where they are not known.
+        chosen_certainty, rejected_certainty: (B,) averages per scored token of log Σ_v p(v)², how
+            sure the policy is of any token there, without gradient; None where not asked for.
     """
 
     chosen: torch.Tensor
     rejected: torch.Tensor
     chosen_lengths: torch.Tensor
     rejected_lengths: torch.Tensor
+    ref_chosen: torch.Tensor | None = None
+    ref_rejected: torch.Tensor | None = None
+    chosen_certainty: torch.Tensor | None = None
+    rejected_certainty: torch.Tensor | None = None
+
+    @property
+    def chosen_ratio(self) -> torch.Tensor:
+        """(B,) ρ_w: how much likelier the chosen response is than under the reference, in nats."""
+        assert self.ref_chosen is not None, "this objective needs the reference's logps"
+        return self.chosen - self.ref_chosen
+
+    @property
+    def rejected_ratio(self) -> torch.Tensor:
+        """(B,) ρ_l, the same of the rejected response."""
+        assert self.ref_rejected is not None, "this objective needs the reference's logps"
+        return self.rejected - self.ref_rejected
 
     @property
     def chosen_avg(self) -> torch.Tensor:

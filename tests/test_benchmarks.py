@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from gapo_lite.batching import pack
 from gapo_lite.model import add_adapter, forward_logps
+from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.types import TokenizedPair
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,3 +185,40 @@ def test_the_synthetic_pairs_have_the_lengths_that_are_asked_for(gpu_8b):
     assert chosen.mean() == pytest.approx(400, rel=0.1)
     assert np.corrcoef(np.log(chosen), np.log(rejected))[0, 1] == pytest.approx(0.8, abs=0.05)
     assert (prompts + np.maximum(chosen, rejected)).max() <= 2048
+
+
+# -- objectives --
+
+
+def test_the_documentation_of_the_objectives_is_what_code_and_measurements_say():
+    objectives = imported("objectives")
+    result = json.loads(objectives.RESULTS.read_text())
+    assert list(result["objectives"]) == list(OBJECTIVES)
+    written = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+    assert written == objectives.document(result)
+    for name, spec in OBJECTIVES.items():
+        assert f"| `{name}` | {spec.formula.replace('|', chr(92) + '|')} |" in written
+
+
+def test_every_objective_has_been_seen_to_learn():
+    result = json.loads(imported("objectives").RESULTS.read_text())
+    assert result["steps"] == 30
+    assert all(record["rose"] for record in result["objectives"].values())
+    assert result["dpo_against_simpo"]["median"] <= 1.1
+
+
+def test_the_table_of_objectives_is_measured(tiny_model, tmp_path):
+    out = run_benchmark(
+        "objectives.py",
+        *("--only", "kto", "--steps", 8, "--rounds", 1),
+        *("--set", f"model.name={tiny_model}", "--set", "model.precision=float32"),
+        *("--set", "data.max_pairs=8", "--set", "training.learning_rate=0.01"),
+        *("--json", tmp_path / "out.json"),
+    )
+    assert "kto" in out
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["objectives"].keys() == {"kto"}
+    for record in result["objectives"].values():
+        assert record["seconds_a_pair"] > 0
+        assert record["memory_gib"] > 0.1
+    assert len(result["dpo_against_simpo"]["ratios"]) == 1

@@ -412,8 +412,11 @@ def test_score_warns_of_texts_that_rouge_cannot_see(tmp_path):
     chinese = {"prompt": "q", "chosen": "你好吗", "rejected": "你好"}
     path = write_jsonl(tmp_path / "p.jsonl", [*PAIRS, chinese])
     result = call("score", path, "--out", tmp_path / "s.csv")
-    assert "warning: 1 of 4 pairs have a text without any letter" in result.stderr
-    assert "use a BERTScore" in result.stderr
+    assert "warning: rougeL sees no word at all in a text of 1 of 4 pairs" in result.stderr
+    assert "use --tokenizer unicode, or --ef bertscore_f1 with a multilingual" in result.stderr
+    result = call("score", path, "--out", tmp_path / "s.csv", "--tokenizer", "unicode")
+    assert result.stderr == ""
+    assert (tmp_path / "s.csv").read_text().splitlines()[-1] == "4,0.8"
 
 
 def test_score_takes_the_stemmer_and_the_encoder(tmp_path):
@@ -436,6 +439,8 @@ def test_score_takes_the_stemmer_and_the_encoder(tmp_path):
         (["--out", "pairs.jsonl"], "would be overwritten"),
         (["--out", "s.csv", "--ef", "rouge-l"], "Did you mean 'rougeL'?"),
         (["--out", "s.csv", "--model", "x"], "There is no option 'model' of rougeL"),
+        (["--out", "s.csv", "--tokenizer", "bpe"], "has to be 'rouge' or 'unicode'"),
+        (["--out", "s.csv", "--ef", "bertscore_p", "--tokenizer", "rouge"], "option 'tokenizer'"),
         (["--out", "s.csv", "--ef", "bertscore_p", "--use-stemmer"], "no option 'use_stemmer'"),
         (["--out", "s.csv", "--ef", "bertscore_p", "--layer", "-1"], "The option layer"),
     ],

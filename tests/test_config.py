@@ -3,9 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
-from gapo_lite.config import RunConfig, load_config, parse_config, setting_keys
+from gapo_lite.config import RunConfig, load_config, parse_config, setting_keys, used_settings
 from gapo_lite.errors import ConfigError
+from gapo_lite.objectives import OBJECTIVES
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -25,8 +27,8 @@ def test_every_recipe_loads_and_opens_with_its_purpose_and_command(path):
     assert "measured" in text
 
 
-def test_there_are_six_recipes():
-    assert len(CONFIGS) == 6
+def test_there_is_a_recipe_for_every_objective():
+    assert {load_config(path).objective.name for path in CONFIGS} == set(OBJECTIVES)
 
 
 def test_the_paper_s_recipe_has_the_paper_s_settings():
@@ -49,20 +51,30 @@ def test_simpo_differs_from_gapo_in_nothing_but_the_margin():
         load_config(folder / f"llama3-8b-{n}.yaml").model_dump() for n in ("gapo-rougel", "simpo")
     )
     assert gapo.pop("objective")["name"] != simpo.pop("objective")["name"]
+    assert (gapo["margin"].pop("source"), simpo["margin"].pop("source")) == ("ef", "constant")
     assert gapo == simpo
+
+
+def test_only_a_lexical_metric_is_given_the_tokenizer():
+    config = parse_config({"ef": {"tokenizer": "unicode"}})
+    assert config.ef.options() == {"use_stemmer": False, "tokenizer": "unicode"}
+    assert parse_config({}).ef.options() == {"use_stemmer": False, "tokenizer": "rouge"}
+    semantic = parse_config({"ef": {"metric": "bertscore_f1", "tokenizer": "unicode"}})
+    assert set(semantic.ef.options()) == {"model", "layer", "batch_size"}
 
 
 def test_all_problems_are_told_at_once_each_with_its_key_and_the_nearest_right_one():
     text = message_of(
         {"margin": {"gama": 1, "gamma": -1}, "modle": {}, "beta": 3, "training": {"epochs": True}},
-        ["objective.name=dpo"],
+        ["objective.name=ppo"],
     )
     assert "margin.gama: there is no such setting. Did you mean margin.gamma?" in text
     assert "modle: there is no such setting. Did you mean model?" in text
     assert "beta: there is no such setting. Did you mean objective.beta?" in text
     assert "margin.gamma: input should be greater than or equal to 0, but is -1" in text
     assert "training.epochs:" in text
-    assert "objective.name: input should be 'gapo' or 'simpo', but is 'dpo'" in text
+    assert "objective.name: input should be 'gapo', 'simpo', 'dpo'" in text
+    assert "but is 'ppo'" in text
     assert text.count("\n") == 6
 
 
@@ -137,3 +149,54 @@ def test_every_setting_has_an_explanation():
 def test_a_configuration_cannot_be_changed_after_it_was_checked():
     with pytest.raises(ValueError, match="frozen"):
         RunConfig().margin.gamma = 3
+
+
+# -- what an objective has and has not --
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"objective": {"name": "kto"}, "margin": {"gamma": 0.3}}, "kto has no margin.gamma"),
+        ({"objective": {"name": "ipo"}, "margin": {"source": "ef"}}, "ipo has no margin.source"),
+        ({"objective": {"name": "dpo", "delta": 1}}, "dpo has no delta"),
+        ({"objective": {"name": "slic", "beta": 1}}, "slic has no beta"),
+        ({"objective": {"name": "gapo", "reference": "cached"}}, "gapo has no reference"),
+        ({"margin": {"source": "constant"}}, "with a constant margin it is simpo"),
+        ({"objective": {"name": "dpo", "beta": 0}}, "objective.beta"),
+        ({"objective": {"name": "beta_dpo", "gap_momentum": 1}}, "objective.gap_momentum"),
+        ({"data": {"rating_columns": ["a", "b", "c"]}}, "data.rating_columns"),
+    ],
+)
+def test_what_an_objective_has_not_is_refused_and_not_passed_over(settings, says):
+    assert says in message_of(settings)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_its_own_settings_and_they_are_written_and_read_again(name):
+    config = parse_config({"objective": {"name": name}})
+    spec, own = OBJECTIVES[name], config.objective.model_dump(exclude_none=True)
+    assert own.keys() == {"name", *spec.parameters, *(["reference"] * spec.uses_reference)}
+    assert (config.margin.source is None) == (not spec.takes_margin)
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config
+    used = used_settings(config)
+    assert {f"objective.{key}" for key in own} <= used <= set(setting_keys())
+    assert ("margin.gamma" in used) == spec.takes_margin
+
+
+def test_a_constant_margin_is_the_plain_method_but_for_simpo():
+    gammas = {
+        name: parse_config({"objective": {"name": name}, "margin": {"source": "constant"}})
+        for name, spec in OBJECTIVES.items()
+        if "constant" in spec.margins
+    }
+    assert {name: config.margin.gamma for name, config in gammas.items()} == {
+        "simpo": 0.3, "dpo": 0, "cpo": 0, "rdpo": 0, "slic": 0, "dpop": 0, "beta_dpo": 0,
+        "wpo": 0, "rso": 0,
+    }  # fmt: skip
+
+
+def test_problems_of_objective_and_margin_are_told_together():
+    text = message_of({"objective": {"name": "dpo", "delta": 1}, "ef": {"metric": "bleu"}})
+    assert "dpo has no delta" in text
+    assert "ef.metric" in text

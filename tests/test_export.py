@@ -119,6 +119,8 @@ def test_the_card_says_how_it_was_made_and_measured(merged):
         "| normalisation | scale |",
         "| γ | 0.3 |",
         "| β | 10 (margin scale: beta) |",
+        "| loss of a pair | −log σ(β(a_w − a_l) − s·margin) |",
+        "| target margin from | ef |",
         "| average target margin in reward units | 3 |",
         "| LoRA | rank 4, alpha 32, dropout 0.1, on all-linear |",
         "| learning rate | 0.01, cosine, warm-up 0.1 |",

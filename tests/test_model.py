@@ -277,3 +277,13 @@ def test_a_sliding_window_falls_back_to_the_padded_layout(tiny):
         assert "sliding" in why_not_packed(tiny)
     finally:
         del causal.config.sliding_window
+
+
+def test_the_packed_layout_is_refused_by_attention_that_does_not_know_it(tiny_model):
+    model = load_base(str(tiny_model), quantization="none", dtype=torch.float32)
+    ids = [np.arange(1, n, dtype=np.int32) for n in (5, 4, 7)]
+    batch = pack([TokenizedPair(*ids, margin=0.0)])
+    with pytest.raises(ModelError, match="why_not_packed"):
+        forward_logps(model, batch)
+    assert why_not_packed(model) == ""
+    forward_logps(model, batch)

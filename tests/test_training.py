@@ -18,8 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from gapo_lite import evaluate as evaluate_module
-from gapo_lite import trainer as trainer_module
+from gapo_lite import loss as loss_module
 from gapo_lite.checkpoints import list_checkpoints, verify_checkpoint
 from gapo_lite.config import parse_config
 from gapo_lite.errors import ConfigError, DataError, ModelError, RunError
@@ -215,10 +214,10 @@ def test_padded_and_packed_layouts_train_alike(tiny_settings, tmp_path):
 
 def test_a_nan_stops_before_the_weights_change(tiny_settings, tmp_path, monkeypatch):
     weights = {}
-    real = trainer_module.forward_logps
+    real = loss_module.forward_logps
 
-    def poisoned(model, batch):
-        logps = real(model, batch)
+    def poisoned(model, batch, **wanted):
+        logps = real(model, batch, **wanted)
         weights["model"] = model
         weights["before"] = [p.detach().clone() for p in model.parameters() if p.requires_grad]
         if not torch.is_grad_enabled():
@@ -228,7 +227,7 @@ def test_a_nan_stops_before_the_weights_change(tiny_settings, tmp_path, monkeypa
             return logps
         return dataclasses.replace(logps, chosen=logps.chosen * float("nan"))
 
-    monkeypatch.setattr(trainer_module, "forward_logps", poisoned)
+    monkeypatch.setattr(loss_module, "forward_logps", poisoned)
     with pytest.raises(
         RunError, match="gradient norm is nan at step 5.*before the weights changed"
     ):
@@ -250,19 +249,19 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
         training={"batch_size": 8, "micro_batch_size": 4, "max_steps": 3, "logging_steps": 1},
     )
     expected = run_of(plain, tmp_path, name="roomy")
-    real = trainer_module.forward_logps
+    real = loss_module.forward_logps
     sizes = []
 
-    def crowded(model, batch):
+    def crowded(model, batch, **wanted):
         if torch.is_grad_enabled():
             sizes.append(len(batch))
             if len(batch) > 2 and len(sizes) > 1:
                 logps = real(model, batch)
                 (logps.chosen.sum() * 7).backward()  # a backward pass that broke off half-way
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(model, batch)
+        return real(model, batch, **wanted)
 
-    monkeypatch.setattr(trainer_module, "forward_logps", crowded)
+    monkeypatch.setattr(loss_module, "forward_logps", crowded)
     with caplog.at_level(logging.WARNING, "gapo_lite"):
         run = run_of(plain, tmp_path, name="crowded")
     assert sizes[:6] == [4, 4, 2, 2, 2, 2]
@@ -272,10 +271,10 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
 
 
 def test_out_of_memory_with_single_pairs_says_what_to_lower(tiny_settings, tmp_path, monkeypatch):
-    def full(model, batch):
+    def full(model, batch, **wanted):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(trainer_module, "forward_logps", full)
+    monkeypatch.setattr(loss_module, "forward_logps", full)
     with pytest.raises(RunError, match="data.max_length"):
         run_of(
             settings_with(tiny_settings, data={"heldout_source": None, "heldout_fraction": 0}),
@@ -427,14 +426,14 @@ def test_a_disk_that_is_really_full_is_one_message_and_loses_nothing(tiny_settin
 def test_running_out_of_memory_in_evaluation_scores_fewer_pairs_at_a_time(
     tiny_settings, finished, tmp_path, monkeypatch
 ):
-    real = evaluate_module.forward_logps
+    real = loss_module.forward_logps
 
-    def crowded(model, batch):
-        if len(batch) > 1:
+    def crowded(model, batch, **wanted):
+        if len(batch) > 1 and not torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(model, batch)
+        return real(model, batch, **wanted)
 
-    monkeypatch.setattr(evaluate_module, "forward_logps", crowded)
+    monkeypatch.setattr(loss_module, "forward_logps", crowded)
     run = run_of(settings_with(tiny_settings, training={"max_steps": 1}), tmp_path)
     assert run.metrics()[0]["eval/loss"] == pytest.approx(
         finished.metrics()[0]["eval/loss"], abs=1e-5
@@ -456,8 +455,13 @@ def test_the_log_says_what_is_to_be_known_of_margins_and_data(finished, tiny_set
         training={"max_steps": 1, "batch_size": 2},
     )
     text = (run_of(short, tmp_path).path / "train.log").read_text(encoding="utf-8")
-    assert "sees no word at all in a text of 4 of 5 pairs" in text
+    # 20 + 8 Chinese letters beside the 9 of "one two" and "one"
+    assert "sees no word at all in a text of 4 of 5 pairs, and 76 % of all letters" in text
+    assert "use ef.tokenizer: unicode, or ef.metric: bertscore_f1 with a multilingual" in text
     assert "pairs.jsonl:6" in text
+    seen = settings_with(short, ef={"tokenizer": "unicode"})
+    run = run_of(seen, tmp_path)
+    assert "sees no word" not in (run.path / "train.log").read_text(encoding="utf-8")
 
 
 def test_changed_data_are_noticed_on_resume(tiny_settings, tmp_path):

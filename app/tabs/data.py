@@ -7,17 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 
 from app import forms, pair_views, views
 from app.browser import SORTS
 from app.notices import calm
 from app.services import Services
+from app.sessions import Sessions
 from app.tabs.downloads import wire_download
+from app.tabs.settings import chooser, input_of, input_updates
 from app.tabs.train import TrainTab
 from gapo_lite.errors import GapoError
 
-MIRRORED = (*forms.MAIN[:6], "margin.ef_floor", "objective.margin_scale")
+MIRRORED = (
+    *("objective.name", "margin.source", "data.rating_columns", "ef.metric", "margin.mapping"),
+    "margin.normalization",
+    *("margin.gamma", "objective.beta", "margin.ef_floor", "objective.margin_scale"),
+)
 """Settings that stand in this tab too: what is changed here changes in the form, and back."""
 
 
@@ -76,10 +81,10 @@ def build(services: Services) -> DataTab:
             )
     facts = gr.HTML("", js_on_load=None)
     mirrored: dict[str, Any] = {}
-    for keys in (MIRRORED[:4], MIRRORED[4:]):
+    for keys in (MIRRORED[:6], MIRRORED[6:]):
         with gr.Row():
             for key in keys:
-                mirrored[key] = _input(key, values[key])
+                mirrored[key] = input_of(forms.fields()[key], values)
     margins = gr.HTML("", js_on_load=None)
     figures = gr.HTML("", js_on_load=None)
     lengths = gr.HTML("", js_on_load=None)
@@ -109,22 +114,13 @@ def build(services: Services) -> DataTab:
     )  # fmt: skip
 
 
-def _input(key: str, value: Any) -> Component:
-    field = forms.fields()[key]
-    shared: dict[str, Any] = {
-        "label": field.label, "info": field.info, "value": value, "min_width": 130,
-    }  # fmt: skip
-    if field.kind == "choice":
-        return gr.Dropdown(list(field.choices), **shared)
-    return gr.Number(**shared, step=field.step)
-
-
 def connect(
     services: Services, demo: gr.Blocks, tab: gr.Tab, data: DataTab, trained: TrainTab
 ) -> None:
     """The wiring between this tab and the form, which holds all settings."""
-    keys, inputs = list(trained.inputs), list(trained.inputs.values())
-    form = trained.inputs
+    form = trained.inputs.by_key
+    keys, inputs = list(form), list(form.values())
+    choices = [form[key] for key in forms.CHOICES]
 
     def config_of(given: tuple[Any, ...]) -> Any:
         return services.data.data_config(dict(zip(keys, given, strict=True)))
@@ -140,6 +136,10 @@ def connect(
             opened.heldout_source if is_other else gr.skip(),
             opened.heldout_split if is_other else gr.skip(),
         )
+
+    @calm
+    def show_used(*chosen: Any) -> list[Any]:
+        return input_updates(dict(zip(forms.CHOICES, chosen, strict=True)), {}, MIRRORED)
 
     @calm
     def keep(file: str) -> str:
@@ -187,15 +187,26 @@ def connect(
     def count(*given: Any) -> Iterator[str]:
         yield from _counting(services, config_of(given))
 
-    def browse(move: int, anew: bool = False) -> Any:
+    places: Sessions[int] = Sessions(lambda: 1)
+
+    def browse(move: int = 0, *, anew: bool = False, typed: bool = False) -> Any:
+        """From where the window is, as the server knows it: what the browser sends may be older
+        than an answer that is on its way."""
+
         @calm
-        def browsed(query: str, sort: str, place: Any, *given: Any) -> tuple[Any, ...]:
-            number = 1 if anew or not isinstance(place, int | float) else place + move
+        def browsed(
+            request: gr.Request, query: str, sort: str, place: Any, *given: Any
+        ) -> tuple[Any, ...]:
+            number = 1 if anew else places.get(request.session_hash) + move
+            if typed and isinstance(place, int | float):
+                number = int(place)
             try:
-                found = services.data.browse(config_of(given), query, sort, int(number) - 1)
+                found = services.data.browse(config_of(given), query, sort, number - 1)
             except GapoError as error:
                 return 1, views.warnings([str(error)])
-            return (found.index + 1 if found else 1), pair_views.pair(found, query)
+            number = found.index + 1 if found else 1
+            places.put(request.session_hash, number)
+            return number, pair_views.pair(found, query)
 
         return browsed
 
@@ -220,8 +231,18 @@ def connect(
     for key, mirror in (("data.source", data.source), ("data.split", data.split)):
         form[key].change(None, form[key], mirror, js="(value) => value")
     for key, mirror in data.mirrored.items():
-        mirror.input(None, mirror, form[key], js="(value) => value")
+        done = mirror.blur if key == "data.rating_columns" else mirror.input  # not at every letter
+        copied = done(None, mirror, form[key], js="(value) => value")
         form[key].change(None, form[key], mirror, js="(value) => value")
+        if key in forms.CHOICES:
+            copied.then(
+                chooser(trained.inputs, key), choices, trained.inputs.outputs,
+                trigger_mode="always_last", api_visibility="private", **quiet,
+            )  # fmt: skip
+    gr.on(
+        [choice.change for choice in choices], show_used, choices, list(data.mirrored.values()),
+        trigger_mode="always_last", api_visibility="private", **quiet,
+    )  # fmt: skip
     about = [key for key in keys if key in MIRRORED or key.startswith(("data.", "ef.", "model."))]
     last: dict[str, Any] = {"trigger_mode": "always_last", **quiet}
     examined = [
@@ -230,13 +251,13 @@ def connect(
           for opened in (opening, uploading)),
     ]  # fmt: skip
     browsing = [
-        done.then(browse(0), browsed, there, api_visibility="private", **quiet) for done in examined
+        done.then(browse(), browsed, there, api_visibility="private", **quiet) for done in examined
     ]
     redrawn = gr.on(
         [form[key].change for key in about] + [tab.select],
         examine, inputs, seen, api_name="margins", **last,
     )  # fmt: skip
-    browsing.append(redrawn.then(browse(0), browsed, there, api_visibility="private", **last))
+    browsing.append(redrawn.then(browse(), browsed, there, api_visibility="private", **last))
     for done in browsing:  # last and apart: nothing has to wait until it has counted
         done.then(count_few, inputs, data.lengths, api_visibility="private", **last)
     few: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "measuring"}
@@ -257,15 +278,15 @@ def connect(
     )
     for changed in ("data.source", "data.split", "ef.metric"):  # its result would be of another set
         form[changed].change(None, cancels=[measuring, counting])
-    for trigger, move in (
-        (data.previous.click, -1),
-        (data.following.click, 1),
-        (data.place.submit, 0),
+    for trigger, browsing_to in (
+        (data.previous.click, browse(-1)),
+        (data.following.click, browse(1)),
+        (data.place.submit, browse(typed=True)),
     ):
-        trigger(browse(move), browsed, there, api_visibility="private", **quiet)
+        trigger(browsing_to, browsed, there, api_visibility="private", **quiet)
     gr.on(
         [data.query.change, data.sort.input],
-        browse(0, anew=True), browsed, there, api_name="browse", **last,
+        browse(anew=True), browsed, there, api_name="browse", **last,
     )  # fmt: skip
 
 

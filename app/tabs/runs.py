@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from app import forms, run_views, views
+from app import run_views, views
 from app.notices import calm, say
 from app.run_table import RUN_COLUMNS
 from app.services import Services
@@ -128,9 +128,9 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
 
     @calm
     def copy_it(name: str) -> list[Any]:
-        values = forms.values_of(services.run(name).config())
+        filled = trained.inputs.filled(services.run(name).config())
         say(f"The settings of {name} are in the form now.")
-        return [gr.update(selected="train"), *(values[key] for key in trained.inputs)]
+        return [gr.update(selected="train"), *filled]
 
     @calm
     def rename_it(name: str, new: str) -> tuple[Any, ...]:
@@ -199,7 +199,7 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
         **quiet,
     )
     resume.click(resume_it, chosen, None, api_name="resume_run", **quiet)
-    copy.click(copy_it, chosen, [tabs, *trained.inputs.values()], api_name="copy", **quiet)
+    copy.click(copy_it, chosen, [tabs, *trained.inputs.outputs], api_name="copy", **quiet)
     rename.click(
         rename_it, [chosen, new_name], [chosen, new_name, seen], api_name="rename", **quiet
     )

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 
-from app import forms, live, views
+from app import forms, formulas, live, views
 from app.downloads import text_file
-from app.forms import FormField
 from app.live import View
 from app.notices import calm, say
 from app.services import Services
 from app.tabs.downloads import download_button
+from app.tabs.settings import Inputs, input_of, wire_choices
 from gapo_lite.config import RunConfig
 from gapo_lite.errors import ConfigError
 
@@ -22,9 +21,9 @@ SECTIONS = {
     "model": "Model: quantisation, precision, backend",
     "lora": "LoRA: scale, dropout, layers",
     "data": "Data: splits, lengths",
-    "ef": "Evaluation factor: stemmer, BERTScore's encoder",
+    "ef": "Evaluation factor: stemmer, tokenizer, BERTScore's encoder",
     "margin": "Margin: floor",
-    "objective": "Objective: scale of the margin",
+    "objective": "Objective: scale of the margin, reference",
     "training": "Training: schedule, memory, evaluation, prompts",
 }
 AXES = ("step", "epoch")
@@ -32,9 +31,9 @@ AXES = ("step", "epoch")
 
 @dataclass(frozen=True, slots=True)
 class TrainTab:
-    """What other tabs need of this one: its inputs by key, and the run that it shows."""
+    """What other tabs need of this one: its inputs, and the run that it shows."""
 
-    inputs: dict[str, Any]
+    inputs: Inputs
     watched: gr.Dropdown
     preset: gr.Dropdown
 
@@ -65,32 +64,42 @@ class _Form:
         first = next(iter(forms.PRESETS))
         config = forms.preset(first)
         values = forms.values_of(config)
-        self.inputs: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
+        sections: dict[str, gr.Accordion] = {}
+        self.inputs = Inputs(inputs, sections)
+
+        def place(key: str) -> None:
+            field = forms.fields()[key]
+            inputs[key] = input_of(field, values, _offered(services, key))
+
         self.preset = gr.Dropdown(
             list(forms.PRESETS),
             value=first,
             label="start from",
             info="Fills the form with a recipe. Everything can be changed afterwards.",
         )
-        main = [forms.fields()[key] for key in forms.MAIN]
-        for pair in zip(main[::2], main[1::2], strict=True):
+        place("objective.name")
+        self.formula = gr.HTML(formulas.html(config.objective.name), js_on_load=None)
+        with gr.Row(elem_classes="loss-row"):
+            for key in forms.LOSS:
+                place(key)
+        self.margin = gr.Markdown(services.data.margin_line(config), elem_classes="remark")
+        for pair in zip(forms.RUN[::2], forms.RUN[1::2], strict=True):
             with gr.Row():
-                for field in pair:
-                    self.inputs[field.key] = _input(services, field, values[field.key])
-            if pair[0].key == "margin.gamma":
-                self.margin = gr.Markdown(services.data.margin_line(config), elem_classes="remark")
-            if pair[0].key == "training.batch_size":
+                for key in pair:
+                    place(key)
+            if pair[0] == "training.batch_size":
                 self.batch = gr.Markdown(forms.batch_line(config), elem_classes="remark")
         with gr.Accordion("All other settings", open=False):
             for section, fields in forms.folded().items():
-                with gr.Accordion(SECTIONS[section], open=False):
+                with gr.Accordion(SECTIONS[section], open=False) as sections[section]:
                     for field in fields:
-                        self.inputs[field.key] = _input(services, field, values[field.key])
+                        place(field.key)
         self.name = gr.Textbox(
             label="name of the run",
             placeholder=forms.default_name(config),
             max_lines=1,
-            info="Empty: named after objective and metric.",
+            info="Empty: named after objective and margin.",
         )
         self.start = gr.Button("Start training", variant="primary", size="lg")
         self.problem = gr.HTML("", js_on_load=None)
@@ -107,16 +116,15 @@ class _Form:
                 language="shell",
                 label="the command that does the same",
                 interactive=False,
+                max_lines=14,
                 wrap_lines=True,
             )
             with gr.Row():
                 self.load = gr.UploadButton("Load a YAML", file_types=[".yaml", ".yml"], size="sm")
-                download_button(
-                    "Save this YAML", "save_yaml", self._saved, list(self.inputs.values())
-                )
+                download_button("Save this YAML", "save_yaml", self._saved, list(inputs.values()))
 
     def _saved(self, *given: Any) -> str:
-        config = forms.config_of(dict(zip(self.inputs, given, strict=True)))
+        config = forms.config_of(dict(zip(self.inputs.by_key, given, strict=True)))
         return text_file(f"{forms.default_name(config)}.yaml", config.to_yaml())
 
 
@@ -153,34 +161,11 @@ class _Monitor:
             download_button("Save the numbers as CSV", "csv", services.history_csv, [self.watched])
 
 
-def _input(services: Services, field: FormField, value: Any) -> Component:
-    """The component for a setting."""
-    shared: dict[str, Any] = {
-        "label": field.label,
-        "info": field.info,
-        "value": value,
-        "min_width": 150,
-    }
-    offered = {
-        "model.name": services.data.model_choices,
-        "data.source": services.data.source_choices,
-    }
-    if field.key in offered:
-        return gr.Dropdown(offered[field.key](), allow_custom_value=True, **shared)
-    if field.kind == "choice":
-        return gr.Dropdown(list(field.choices), **shared)
-    if field.kind == "many":
-        return gr.CheckboxGroup(list(field.choices), **shared)
-    if field.kind == "flag":
-        return gr.Checkbox(**shared)
-    if field.kind in ("number", "integer"):
-        return gr.Number(**shared, step=field.step)
-    return gr.Textbox(
-        **shared,
-        lines=3 if field.kind == "lines" else 1,
-        max_lines=10 if field.kind == "lines" else 1,
-        placeholder="one a line" if field.kind == "lines" else None,
-    )
+def _offered(services: Services, key: str) -> list[str] | None:
+    """What is proposed for a setting that can be any text."""
+    if key == "model.name":
+        return services.data.model_choices()
+    return services.data.source_choices() if key == "data.source" else None
 
 
 # -- what the form does --
@@ -194,29 +179,30 @@ def _wire_form(
     tabs: gr.Tabs,
     header: gr.Button,
 ) -> None:
-    keys, inputs = list(form.inputs), list(form.inputs.values())
-    summary = [form.margin, form.batch, form.yaml, form.command, form.problem, form.name]
+    keys, inputs = list(form.inputs.by_key), list(form.inputs.by_key.values())
+    summary = [
+        form.formula, form.margin, form.batch, form.yaml, form.command, form.problem, form.name,
+    ]  # fmt: skip
 
     def values(given: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip(keys, given, strict=True))
 
     @calm
     def summarise(name: Any, *given: Any) -> tuple[Any, ...]:
+        formula = formulas.html(values(given)["objective.name"])
         try:
-            return _summary(services, forms.config_of(values(given)), name)
+            return formula, *_summary(services, forms.config_of(values(given)), name)
         except ConfigError as error:
             nothing = (gr.skip(),) * 4
-            return (*nothing, views.warnings([str(error)]), gr.skip())
+            return (formula, *nothing, views.warnings([str(error)]), gr.skip())
 
     @calm
     def fill_from_preset(label: str) -> list[Any]:
-        shown = forms.values_of(forms.preset(label))
-        return [shown[key] for key in keys]
+        return form.inputs.filled(forms.preset(label))
 
     @calm
     def fill_from_yaml(file: str) -> list[Any]:
-        shown = forms.values_of(services.data.places.check_config(services.load_yaml(file)))
-        return [shown[key] for key in keys]
+        return form.inputs.filled(services.data.places.check_config(services.load_yaml(file)))
 
     @calm
     def start(name: Any, smoothing: float, axis: Any, *given: Any) -> tuple[Any, ...]:
@@ -233,10 +219,12 @@ def _wire_form(
         trigger_mode="always_last",
         api_name="summarise",
     )
+    filled = form.inputs.outputs
     form.preset.input(
-        fill_from_preset, form.preset, inputs, show_progress="hidden", api_name="preset"
+        fill_from_preset, form.preset, filled, show_progress="hidden", api_name="preset"
     )
-    form.load.upload(fill_from_yaml, form.load, inputs, api_name="load_yaml")
+    form.load.upload(fill_from_yaml, form.load, filled, api_name="load_yaml")
+    wire_choices(form.inputs)
     gr.on(
         [form.start.click, header.click],
         start,

@@ -26,7 +26,9 @@ from gapo_lite.types import LoadedPairs, Message, PreferencePair, Problem
 __all__ = ["data_fingerprint", "load_pairs", "split_pairs"]
 
 
-def load_pairs(source: str | Path, *, split: str = "train") -> LoadedPairs:
+def load_pairs(
+    source: str | Path, *, split: str = "train", rating_columns: Sequence[str] = ()
+) -> LoadedPairs:
     """Load every usable pair of a source, and say why the other rows are not.
 
     Args:
@@ -35,6 +37,7 @@ def load_pairs(source: str | Path, *, split: str = "train") -> LoadedPairs:
             goes before the Hub.
         split: which split of a Hub data set or a saved DatasetDict; what has no splits, such as a
             file, is taken whole.
+        rating_columns: see `parse_row`.
 
     Returns:
         The pairs in the order of the source; `shape` is the one that most of them have.
@@ -44,7 +47,7 @@ def load_pairs(source: str | Path, *, split: str = "train") -> LoadedPairs:
     """
     with open_source(source, split) as table:
         columns = dict.fromkeys(table.columns)
-        parsed, problems = _parse_rows(table.rows, columns)
+        parsed, problems = _parse_rows(table.rows, columns, rating_columns)
     if not parsed:
         raise DataError(_nothing_usable(str(source), list(columns), problems))
     pairs = [pair for _, pair in parsed]
@@ -60,7 +63,7 @@ def load_pairs(source: str | Path, *, split: str = "train") -> LoadedPairs:
 
 
 def _parse_rows(
-    rows: Iterable[NumberedRow], columns: dict[str, None]
+    rows: Iterable[NumberedRow], columns: dict[str, None], rating_columns: Sequence[str]
 ) -> tuple[list[tuple[str, PreferencePair]], list[Problem]]:
     """Shapes and pairs, and the problems; adds the columns of every row to `columns`."""
     parsed: list[tuple[str, PreferencePair]] = []
@@ -72,7 +75,7 @@ def _parse_rows(
         line, row = item
         columns.update(dict.fromkeys(row))
         try:
-            parsed.append(parse_row(row, line))
+            parsed.append(parse_row(row, line, rating_columns))
         except BadRowError as error:
             problems.append(Problem(line, error.field, error.reason))
     return parsed, problems

@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -343,7 +343,7 @@ def _read_parquet(stream: Any, name: str) -> Table:
 
 def _declared_bytes(file: Any) -> int:
     """What the columns that are read say they unpack to."""
-    wanted = wanted_columns(file.schema_arrow.names)
+    wanted = _wanted_of(file.schema_arrow)
     groups = map(file.metadata.row_group, range(file.num_row_groups))
     chunks = (group.column(n) for group in groups for n in range(group.num_columns))
     return sum(
@@ -356,7 +356,7 @@ def _declared_bytes(file: Any) -> int:
 def _parquet_rows(file: Any, name: str) -> Iterator[NumberedRow]:
     import pyarrow
 
-    batches = file.iter_batches(BATCH_ROWS, columns=wanted_columns(file.schema_arrow.names))
+    batches = file.iter_batches(BATCH_ROWS, columns=_wanted_of(file.schema_arrow))
     rows = (row for batch in batches for row in _batch_rows(batch))
     try:
         for line, row in enumerate(rows, start=1):
@@ -382,9 +382,23 @@ def _damaged_parquet(name: str, error: Exception) -> DataError:
     return DataError(f"{name!r} can't be read as Parquet ({error}). Copy or write it again.")
 
 
-def wanted_columns(columns: list[str]) -> list[str]:
-    """Only what is read need be decoded; without any of it all, so that rows still count."""
-    return [column for column in columns if column in COLUMNS] or columns
+def _wanted_of(schema: Any) -> list[str]:
+    from pyarrow import types
+
+    are_numbers = {f.name: types.is_integer(f.type) or types.is_floating(f.type) for f in schema}
+    return wanted_columns(are_numbers)
+
+
+def wanted_columns(columns: Mapping[str, bool]) -> list[str]:
+    """Only what is read need be decoded, and numbers, which may be ratings; without any column that
+    is read all, so that rows still count.
+
+    Args:
+        columns: name → whether it holds numbers.
+    """
+    if not any(column in COLUMNS for column in columns):
+        return list(columns)
+    return [column for column, is_number in columns.items() if is_number or column in COLUMNS]
 
 
 READERS: dict[str, Callable[[Any, str], Table]] = {

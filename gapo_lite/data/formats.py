@@ -8,7 +8,7 @@ dialogues (`messages.read_dialogue`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gapo_lite.data.messages import (
@@ -59,12 +59,17 @@ COLUMNS = [
 """Every column that is read; a source need not decode any other."""
 
 
-def parse_row(row: Row, line: int) -> tuple[str, PreferencePair]:
+def parse_row(
+    row: Row, line: int, rating_columns: Sequence[str] = ()
+) -> tuple[str, PreferencePair]:
     """Read one row.
 
     Args:
         row: column → value, as the source holds it.
         line: 1-based place of the row in its source.
+        rating_columns: where the ratings stand: of chosen and rejected, or one column with how much
+            better the chosen response is (its rating then; the rejected one's is 0). None: where
+            they usually stand.
 
     Returns:
         The shape (a key of `FORMATS`) and the pair.
@@ -74,7 +79,7 @@ def parse_row(row: Row, line: int) -> tuple[str, PreferencePair]:
     """
     for shape, spec in FORMATS.items():
         if spec.recognises(row):
-            return shape, _make_pair(spec.parse(row), row, line)
+            return shape, _make_pair(spec.parse(row), row, line, rating_columns)
     raise _unrecognised(row)
 
 
@@ -216,24 +221,20 @@ def _unrecognised(row: Row) -> BadRowError:
 # --- The pair ---------------------------------------------------------------------------------
 
 
-def _make_pair(parts: Parts, row: Row, line: int) -> PreferencePair:
+def _make_pair(parts: Parts, row: Row, line: int, rating_columns: Sequence[str]) -> PreferencePair:
     given = [field for field in ("prompt", "conversations") if row.get(field) is not None]
     prompt = check_conversation(parts.prompt, given[0] if given else "chosen")
     check_text(parts.chosen, "chosen", "the response")
     check_text(parts.rejected, "rejected", "the response")
-    by_text = _scores_by_text(row)
+    ratings = _ratings(parts, row, rating_columns)
     strength = _number(row.get("strength"))
     return PreferencePair(
         prompt=prompt if prompt[0]["role"] == "system" else _system_column(row) + prompt,
         chosen=parts.chosen,
         rejected=parts.rejected,
         line=line,
-        chosen_rating=_first_number(
-            row.get("chosen_rating"), row.get("score_chosen"), by_text.get(parts.chosen)
-        ),
-        rejected_rating=_first_number(
-            row.get("rejected_rating"), row.get("score_rejected"), by_text.get(parts.rejected)
-        ),
+        chosen_rating=ratings[0],
+        rejected_rating=ratings[1],
         strength=strength if strength is not None and 0 <= strength <= 1 else None,
     )
 
@@ -246,6 +247,21 @@ def _system_column(row: Row) -> list[Message]:
         raise BadRowError("system", f"is {called(system)}, not text")
     check_text(system, "system", "the system message")
     return [{"role": "system", "content": system}]
+
+
+def _ratings(parts: Parts, row: Row, columns: Sequence[str]) -> tuple[float | None, float | None]:
+    if len(columns) == 1:
+        gap = _number(row.get(columns[0]))
+        return gap, None if gap is None else 0.0
+    if columns:
+        return _number(row.get(columns[0])), _number(row.get(columns[1]))
+    by_text = _scores_by_text(row)
+    return (
+        _first_number(row.get("chosen_rating"), row.get("score_chosen"), by_text.get(parts.chosen)),
+        _first_number(
+            row.get("rejected_rating"), row.get("score_rejected"), by_text.get(parts.rejected)
+        ),
+    )
 
 
 def _scores_by_text(row: Row) -> dict[str, Any]:

@@ -157,7 +157,11 @@ def _dataset_table(data: Dataset) -> Table:
 
 
 def _dataset_rows(data: Dataset) -> Iterator[Row]:
-    plain = data.select_columns(wanted_columns(data.column_names)).with_format(None)
+    are_numbers = {
+        name: str(getattr(feature, "dtype", "")).startswith(("int", "uint", "float"))
+        for name, feature in data.features.items()
+    }
+    plain = data.select_columns(wanted_columns(are_numbers)).with_format(None)
     for batch in plain.iter(BATCH_ROWS):
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))

@@ -17,16 +17,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gapo_lite.ef.lexical import count_unseen, lexical_scores
+from gapo_lite.ef.lexical import lexical_scores
+from gapo_lite.ef.words import TOKENIZERS, Unseen, count_unseen, find_unseen, share_unseen
 from gapo_lite.errors import ConfigError, DataError
 
 __all__ = [
     "EVALUATION_FACTORS",
     "EvaluationFactor",
+    "Unseen",
     "check_options",
     "check_pairs",
     "count_unseen",
+    "find_unseen",
     "score_pairs",
+    "share_unseen",
 ]
 
 Progress = Callable[[int, int], None]
@@ -73,9 +77,10 @@ def score_pairs(
         rejected: N dispreferred responses; the candidate or prediction.
         ef: a key of EVALUATION_FACTORS.
         progress: called with (pairs done, N) whenever a chunk is finished.
-        options: lexical factors take `use_stemmer` (False). BERTScore takes `model`
-            ("roberta-large"; also a local folder or "embedded:all-minilm-l6-v2"), `layer` (None:
-            bert-score's own for the model), `batch_size` (64), `device` (None: the GPU if any).
+        options: lexical factors take `use_stemmer` (False) and `tokenizer` ("rouge": a–z and 0–9;
+            "unicode": any script). BERTScore takes `model` ("roberta-large"; also a local folder or
+            "embedded:all-minilm-l6-v2"), `layer` (None: bert-score's own for the model),
+            `batch_size` (64), `device` (None: the GPU if any).
 
     Returns:
         (N,) in [0, 1].
@@ -169,6 +174,9 @@ def _semantic(
 OPTIONS: dict[str, dict[str, Option]] = {
     "lexical": {
         "use_stemmer": Option(False, lambda value: isinstance(value, bool), "True or False"),
+        "tokenizer": Option(
+            "rouge", lambda value: value in list(TOKENIZERS), " or ".join(map(repr, TOKENIZERS))
+        ),
     },
     "semantic": {
         "model": Option(

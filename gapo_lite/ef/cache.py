@@ -21,12 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gapo_lite.ef import check_options, check_pairs, score_pairs
-from gapo_lite.embedded import EMBEDDED_MODELS, cache_dir
+from gapo_lite.embedded import cache_dir, model_state
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1  # raise it when the scores of the same texts and settings change
 _WITHOUT_EFFECT = ("device",)  # options that leave the scores as they are
+_ADDED_LATER = {"tokenizer": "rouge"}  # with these, scores are those of before there was the option
 
 
 def cached_scores(
@@ -82,18 +83,14 @@ def cache_path(
 
 def _settings(ef: str, options: Mapping[str, Any]) -> bytes:
     settings = check_options(ef, options)
-    relevant = {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT}
+    relevant = {
+        name: value
+        for name, value in settings.items()
+        if name not in _WITHOUT_EFFECT and (name, value) not in _ADDED_LATER.items()
+    }
     if "model" in relevant:
-        relevant["model files"] = _model_files(relevant["model"])
+        relevant["model files"] = model_state(relevant["model"])
     return json.dumps([FORMAT_VERSION, ef, relevant], sort_keys=True).encode() + b"\n"
-
-
-def _model_files(model: str) -> list[object]:
-    """What tells two states of a local or embedded model apart; empty for one on the Hub."""
-    if model in EMBEDDED_MODELS:
-        return [EMBEDDED_MODELS[model].requirement]
-    files = sorted(path for path in Path(model).expanduser().glob("*") if path.is_file())
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def read_scores(path: Path, num_pairs: int) -> NDArray[np.float64] | None:

@@ -7,14 +7,14 @@ The naive equivalent of `lexical_scores(chosen, rejected, ["rougeL"])["rougeL"]`
 
 Here the texts are cut by a byte table, each word becomes one character, rapidfuzz finds the longest
 common subsequence, and numpy counts n-grams for about a thousand pairs at a time. The characters
-are given out one by one: unlike with hashes, no two words can share one.
+are given out one by one: unlike with hashes, no two words can share one. What a word is can be told
+(`tokenizer`): rouge-score's by default, or one for scripts that rouge-score cannot see.
 
     python benchmarks/ef_scoring.py    # compares numbers and seconds
 """
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz.distance import LCSseq
 
+from gapo_lite.ef.words import TOKENIZERS
 from gapo_lite.errors import DataError
 
 Floats = NDArray[np.float64]
@@ -36,14 +37,6 @@ CHUNK_CHARS = 4_000_000
 REMEMBERED_WORDS = 1 << 18
 CHARACTERS = 0x110000  # that Python's str has
 
-# Every byte that is no ASCII letter or digit becomes a space, capitals become small.
-_WORD_BYTES = bytes(
-    ord(chr(byte).lower()) if byte < 128 and chr(byte).isalnum() else ord(" ")
-    for byte in range(256)
-)
-# The characters that have an ASCII letter or digit in them once they are lowercased.
-_WORD_CHARACTER = re.compile("[0-9A-Za-z\N{LATIN CAPITAL LETTER I WITH DOT ABOVE}\N{KELVIN SIGN}]")
-
 
 def lexical_scores(
     chosen: Sequence[str],
@@ -51,6 +44,7 @@ def lexical_scores(
     efs: Sequence[str],
     *,
     use_stemmer: bool = False,
+    tokenizer: str = "rouge",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Floats]:
     """Scores of all pairs by several evaluation factors, which share one tokenising.
@@ -59,14 +53,16 @@ def lexical_scores(
         chosen: N texts, ROUGE's targets.
         rejected: N texts, ROUGE's predictions.
         efs: keys of LEXICAL.
-        use_stemmer: compare words longer than three letters by their stem (nltk's Porter stemmer).
+        use_stemmer: compare words longer than three letters, ASCII ones only, by their stem (nltk's
+            Porter stemmer).
+        tokenizer: what a word is, a key of TOKENIZERS.
         progress: called with (pairs done, N) whenever a chunk is finished.
 
     Returns:
         For each of `efs` an array (N,).
     """
     scores = {ef: np.zeros(len(chosen)) for ef in efs}
-    encoder = _Encoder(use_stemmer)
+    encoder = _Encoder(use_stemmer, tokenizer)
     for place in _slices(chosen, rejected):
         pairs = map(encoder.pair, chosen[place], rejected[place])
         coded_chosen, coded_rejected = zip(*pairs, strict=True)
@@ -77,15 +73,6 @@ def lexical_scores(
     return scores
 
 
-def count_unseen(chosen: Sequence[str], rejected: Sequence[str]) -> int:
-    """Number of pairs with a text that is not blank and in which ROUGE's tokenizer sees no word.
-
-    It knows the letters a to z and the digits 0 to 9 only, so a text in Chinese, Russian or Arabic
-    has no words for it, and every lexical score of such a pair is 0 however alike the texts are.
-    """
-    return sum(_unseen(c) or _unseen(r) for c, r in zip(chosen, rejected, strict=True))
-
-
 class _Encoder:
     """Turns texts into strings with one character a word; equal words have equal characters.
 
@@ -93,7 +80,8 @@ class _Encoder:
     remembered, as one response often stands in many pairs, until the memory would get too large.
     """
 
-    def __init__(self, use_stemmer: bool):
+    def __init__(self, use_stemmer: bool, tokenizer: str):
+        self._split = TOKENIZERS[tokenizer]
         self._stem = _memoised_stemmer() if use_stemmer else None
         self._forget()
 
@@ -121,7 +109,7 @@ class _Encoder:
 
     def _text(self, text: str) -> str:
         if text not in self._texts:
-            self._texts[text] = "".join(map(self._words.__getitem__, _split(text)))
+            self._texts[text] = "".join(map(self._words.__getitem__, self._split(text)))
         return self._texts[text]
 
 
@@ -133,15 +121,9 @@ class _StemmedWords(dict[bytes, str]):
         self._stem = stem
 
     def __missing__(self, word: bytes) -> str:
-        stem = self._stem(word) if len(word) > 3 else word  # as rouge-score does
-        character = self[word] = self._characters[stem]
+        has_stem = len(word) > 3 and word.isascii()  # longer than three, as rouge-score does
+        character = self[word] = self._characters[self._stem(word) if has_stem else word]
         return character
-
-
-def _split(text: str) -> list[bytes]:
-    """ROUGE's words: runs of a to z and 0 to 9 after str.lower(), which makes "i" of "İ"."""
-    small = text if text.isascii() else text.lower()
-    return small.encode("ascii", "replace").translate(_WORD_BYTES).split()
 
 
 def _memoised_stemmer() -> Callable[[bytes], bytes]:
@@ -220,10 +202,6 @@ def _f1(common: NDArray, in_chosen: Ints, in_rejected: Ints) -> Floats:
     recall = common / np.maximum(in_chosen, 1)
     both = precision + recall
     return np.divide(2 * precision * recall, both, out=np.zeros(len(both)), where=both > 0)
-
-
-def _unseen(text: str) -> bool:
-    return text.strip() != "" and _WORD_CHARACTER.search(text) is None
 
 
 LEXICAL: dict[str, Callable[[Texts, Texts], Floats]] = {

@@ -29,6 +29,8 @@ import pytest
 from conftest import ROOT, Server, serving
 from forging import forge_run
 
+from app import forms
+
 TOKEN = "hf_abcdefghijklmnop1234"
 SETTINGS = {"data": {"source": "embedded:everyday"}}
 META = {"_type": "gradio.FileData"}
@@ -376,9 +378,45 @@ def test_the_margin_of_data_outside_is_not_told_by_the_summary(page, unharmed):
     for path in ("decoy", "up"):
         data = list(own)
         data[source] = forgeries(page.outside)[path]
-        margin, *_, problem, _ = json.loads(page.call(endpoint, data)[1])["data"]
+        _, margin, *_, problem, _ = json.loads(page.call(endpoint, data)[1])["data"]
         assert "reward units" not in str(margin)
         assert "be opened as data here" in problem
+
+
+def by_label(page: Page, endpoint: dict, **values: Any) -> list[Any]:
+    """The honest form with some inputs changed, by their keys with `__` for the dot."""
+    labels = [page.components[number]["props"].get("label") for number in endpoint["inputs"]]
+    data = page.honest(endpoint)
+    for key, value in values.items():
+        data[labels.index(forms.fields()[key.replace("__", ".")].label)] = value
+    return data
+
+
+def test_what_hidden_inputs_hold_does_not_matter(page, unharmed):
+    endpoint = page.endpoint("summarise")
+    for key in ("objective__desirable_weight", "objective__delta"):
+        told = json.loads(page.call(endpoint, by_label(page, endpoint, **{key: -5.0}))[1])["data"]
+        assert told[-2] == ""  # nothing is wrong
+    told = json.loads(page.call(endpoint, by_label(page, endpoint, objective__beta=-5.0))[1])
+    assert "objective.beta" in told["data"][-2]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "sent", "words"),
+    [
+        ("choose_name", ["ppo", "ef", "rougeL"], "not what this input holds"),
+        ("choose_name", [None, "ef", "rougeL"], "objective.name"),
+        ("choose_source", ["gapo", "nowhere", "rougeL"], "not what this input holds"),
+        ("choose_source", ["gapo", "constant", "rougeL"], "with a constant margin it is simpo"),
+        ("choose_source", ["kto", "ef", "rougeL"], "kto has no margin.source"),
+        ("choose_metric", ["gapo", "ef", "bleu"], "not what this input holds"),
+    ],
+)
+def test_a_choice_that_is_none_is_refused_in_a_sentence(page, unharmed, endpoint, sent, words):
+    status, text = page.call(page.endpoint(endpoint), sent)
+    check(page, status, text, endpoint, repr(sent))
+    assert status == 500
+    assert words in json.loads(text)["error"]
 
 
 # -- through the queue, and by gradio_client --
@@ -613,7 +651,8 @@ def test_stars_in_a_prompt_are_no_aliases(page, unharmed):
         page.endpoint("load_yaml"), [page.upload("mine.yaml", text.encode())]
     )
     assert status == 200
-    assert "Say **why** and *how*." in json.loads(answer)["data"]
+    filled = [update.get("value") for update in json.loads(answer)["data"]]
+    assert "Say **why** and *how*." in filled
 
 
 # -- bodies that are none --

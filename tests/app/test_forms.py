@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from app import forms
+from app import forms, formulas
 from gapo_lite.config import load_config, parse_config, setting_keys
 from gapo_lite.errors import ConfigError
+from gapo_lite.objectives import OBJECTIVES
+from gapo_lite.runs import check_name
 
 DEMO = next(iter(forms.PRESETS))
 
@@ -21,12 +24,25 @@ def changed(**values) -> dict:
     return {**forms.values_of(forms.preset(DEMO)), **own}
 
 
+def switched(objective: str, source: str | None = None, **values) -> dict:
+    """The demo's form in which a person has chosen an objective, and then where its margin comes
+    from."""
+    form = {**changed(**values), "objective.name": objective, **forms.own_values(objective)}
+    if source is not None:
+        own = forms.own_values(objective, source)
+        form |= {key: value for key, value in own.items() if key.startswith("margin.")}
+    return form
+
+
+EACH = [(name, source) for name, spec in OBJECTIVES.items() for source in (spec.margins or (None,))]
+
+
 def test_every_setting_is_an_input_with_the_configurations_own_words():
     assert list(forms.fields()) == setting_keys()
     assert all(field.info for field in forms.fields().values())
     shown = [*forms.MAIN, *(f.key for fields in forms.folded().values() for f in fields)]
     assert sorted(shown) == sorted(setting_keys())
-    assert len(forms.MAIN) % 2 == 0  # two a row
+    assert len(forms.RUN) % 2 == 0  # two a row
 
 
 @pytest.mark.parametrize("label", forms.PRESETS)
@@ -91,14 +107,13 @@ def test_the_command_trains_exactly_what_the_form_says():
 
 
 def test_the_command_starts_from_the_nearest_recipe():
-    config = forms.config_of({**changed(), "objective.name": "simpo"})
+    config = forms.config_of(switched("simpo"))
     assert "gapo-lite train configs/demo-simpo.yaml" in forms.command(config, Path("runs"))
 
 
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("margin.gamma", None, "margin.gamma"),
         ("margin.gamma", -1, "greater than or equal to 0"),
         ("margin.gamma", "much", "margin.gamma"),
         ("margin.gamma", float("nan"), "margin.gamma"),
@@ -122,6 +137,104 @@ def test_a_bad_value_is_refused_by_its_key(key, value, words):
         forms.config_of({**changed(), key: value})
 
 
+# -- objectives --
+
+
+@pytest.mark.parametrize(("name", "source"), EACH)
+def test_every_objective_comes_back_from_the_form_as_it_was(name, source):
+    config = parse_config(
+        {"objective": {"name": name}, "margin": {"source": source}, "training": {"seed": 7}}
+    )
+    values = forms.values_of(config)
+    assert forms.config_of(values) == config
+    holders = [key for key in values if key.startswith(("objective.", "margin."))]
+    assert {key for key in holders if values[key] is not None} == forms.used(values) & {*holders}
+
+
+@pytest.mark.parametrize(("name", "source"), EACH)
+def test_a_newly_chosen_objective_fills_in_its_own_values(name, source):
+    config = forms.config_of(switched(name, source))
+    own = parse_config({"objective": {"name": name}, "margin": {"source": source}})
+    assert (config.objective, config.margin) == (own.objective, own.margin)
+    assert config.model == forms.preset(DEMO).model  # and nothing else
+
+
+@pytest.mark.parametrize(("name", "source"), EACH)
+def test_the_command_of_every_objective_trains_just_that(name, source):
+    config = forms.config_of(switched(name, source, training__seed=7))
+    words = shlex.split(forms.command(config, Path("runs")))
+    overrides = [b for a, b in pairwise(words) if a == "--set"]
+    assert load_config(words[2], overrides) == config
+
+
+def test_the_beta_of_gapo_does_not_stay_in_dpo():
+    assert forms.values_of(forms.preset(DEMO))["objective.beta"] == 10
+    assert switched("dpo")["objective.beta"] == 0.01
+    assert (switched("dpo")["margin.gamma"], switched("dpo", "ef")["margin.gamma"]) == (0, 3)
+    assert switched("orpo")["objective.beta"] is None
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_stands_in_hidden_inputs_does_not_count(name):
+    form = switched(name)
+    there = forms.used(form)
+    rubbish = {key: "rubbish" for key in forms.OPTIONAL if key not in there}
+    assert rubbish
+    assert forms.config_of({**form, **rubbish}) == forms.config_of(form)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_rubbish_in_an_input_in_sight_is_refused(name):
+    form = switched(name)
+    for key in forms.used(form) & {*forms.OPTIONAL} - {"data.rating_columns"}:
+        with pytest.raises(ConfigError, match=key):
+            forms.config_of({**form, key: "rubbish"})
+
+
+def test_what_is_in_sight_and_empty_is_the_objectives_own():
+    config = forms.config_of({**switched("dpo"), "objective.beta": None, "margin.gamma": None})
+    assert (config.objective.beta, config.margin.gamma) == (0.01, 0)
+
+
+NONE_SUCH = [None, "", "ppo", ["dpo"], {"a": 1}, 5, True, "DPO"]
+
+
+@pytest.mark.parametrize("name", NONE_SUCH)
+def test_an_objective_that_is_none_is_refused_by_its_name_alone(name):
+    form = {**changed(), "objective.name": name, "objective.beta": "rubbish"}
+    with pytest.raises(ConfigError, match="objective.name") as refused:
+        forms.config_of(form)
+    assert "beta:" not in str(refused.value)
+    with pytest.raises(ConfigError, match="objective.name"):
+        forms.own_values(name)
+    assert formulas.html(name) == ""
+
+
+@pytest.mark.parametrize("source", ["", "none", ["ef"], {"a": 1}, 5, True, "constant"])
+def test_a_margin_from_nowhere_is_refused(source):
+    with pytest.raises(ConfigError, match="margin.source"):
+        forms.config_of(changed(margin__source=source))
+    with pytest.raises(ConfigError, match="margin.source"):
+        forms.own_values("gapo", source)
+
+
+@pytest.mark.parametrize("metric", ["", "bleu", ["rougeL"], {"a": 1}, 5, None])
+def test_a_metric_that_is_none_counts_only_where_one_is_used(metric):
+    with pytest.raises(ConfigError, match="ef.metric"):
+        forms.config_of(changed(ef__metric=metric))
+    assert forms.config_of({**switched("kto"), "ef.metric": metric}).ef.metric == "rougeL"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_shows_its_formula_its_source_and_what_it_needs(name):
+    shown, spec = formulas.html(name), OBJECTIVES[name]
+    plain = re.sub(r"<sub>(\w)</sub>", r"_\1", shown)
+    assert f"<code>{spec.formula}</code>" in plain
+    assert spec.source in shown
+    assert ("Needs the reference" in shown) == spec.uses_reference
+    assert ("Needs no reference" in shown) != spec.uses_reference
+
+
 def test_whole_numbers_may_come_as_decimals():
     assert forms.config_of(changed(training__max_steps=3.0)).training.max_steps == 3
     assert forms.config_of(changed(training__max_steps=None)).training.max_steps is None
@@ -133,12 +246,21 @@ def test_the_effective_batch_is_told():
 
 
 @pytest.mark.parametrize(
-    ("objective", "metric", "name"),
-    [("gapo", "rougeL", "gapo-rougel"), ("simpo", "rougeL", "simpo")],
+    ("objective", "source", "name"),
+    [
+        ("gapo", None, "gapo-rougel"),
+        ("gapo", "rating", "gapo-rating"),
+        ("simpo", None, "simpo"),
+        ("dpo", None, "dpo"),
+        ("dpo", "ef", "dpo-rougel"),
+        ("dpo", "rating", "dpo-rating"),
+        ("kto", None, "kto"),
+    ],
 )
-def test_a_run_is_named_after_objective_and_metric(objective, metric, name):
-    config = forms.config_of(changed(objective__name=objective, ef__metric=metric))
+def test_a_run_is_named_after_objective_and_margin(objective, source, name):
+    config = parse_config({"objective": {"name": objective}, "margin": {"source": source}})
     assert forms.default_name(config) == name
+    check_name(name)
 
 
 def test_an_unknown_preset_is_refused():

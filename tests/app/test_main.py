@@ -22,7 +22,7 @@ import pytest
 import yaml
 from conftest import ROOT, Server, serving
 
-from app import jobs
+from app import forms, jobs
 from app.__main__ import check_login
 from gapo_lite.errors import ConfigError
 from gapo_lite.runs import Run
@@ -349,7 +349,7 @@ from gradio_client import Client
 for password in (os.environ["PASSWORD"], "wrong"):
     try:
         client = Client(sys.argv[1], auth=(os.environ["NAME"], password), verbose=False)
-        print(client.predict(sys.argv[2], api_name="/preset")[0])
+        print(client.predict(sys.argv[2], api_name="/preset")[0]["value"])
     except Exception as error:
         print(type(error).__name__)
 """
@@ -389,8 +389,8 @@ def start_training(server: Server, settings: dict, name: str) -> None:
         path = http.post("/gradio_api/upload", files={"files": ("my.yaml", recipe)}).json()[0]
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
         filled = [
-            value["value"] if isinstance(value, dict) else value
-            for value in call(http, "load_yaml", file)
+            value.get("value") if isinstance(value, dict) else value
+            for value in call(http, "load_yaml", file)[: len(forms.fields())]  # then sections
         ]
         call(http, "start", name, 0.6, "step", *filled)
 

@@ -132,6 +132,36 @@ def test_settings_of_the_margin_redraw_the_figures_at_once_and_stand_in_the_form
     expect(fact(panel, "γ")).to_have_text("2")
 
 
+def test_margins_can_come_from_ratings_or_not_at_all(page: Any) -> None:
+    rows = [{**row, "score": 1 + place % 4} for place, row in enumerate(pairs(12))]
+    panel = upload(page, jsonl_file("rated.jsonl", rows))
+    expect(fact(panel, "pairs").first).to_have_text("12")
+    choose(panel, "margin from", "rating")
+    expect(panel.get_by_text("none of 11 pairs has ratings of both responses")).to_be_visible()
+    expect(panel.get_by_label("mapping", exact=True)).to_be_hidden()
+    expect(panel.locator(".pair-side.chosen")).to_be_visible()  # they can be looked at
+    columns = panel.get_by_label("rating columns")
+    columns.fill("score")
+    columns.press("Tab")
+    expect(of_title(panel, "Gap: ratings")).to_be_visible()
+    expect(fact(panel, "without ratings, at the mean")).to_have_text("0")
+    choose(panel, "objective", "kto")
+    expect(panel.get_by_text("kto has no target margin")).to_be_visible()
+    expect(of_title(panel, "rougeL")).to_be_visible()
+    expect(panel.get_by_label("γ (gamma)", exact=True)).to_be_hidden()
+    expect(columns).to_be_hidden()
+    choose(panel, "objective", "dpo")
+    expect(panel.get_by_text("this is plain dpo")).to_be_visible()
+    expect(panel.get_by_label("β (beta)", exact=True)).to_have_value("0.01")
+    choose(panel, "margin from", "ef")
+    expect(fact(panel, "γ")).to_have_text("3")
+    expect(of_title(panel, "Gap: log")).to_be_visible()
+    train = open_tab(page, "Train")
+    expect(train.get_by_label("objective", exact=True)).to_have_value("dpo")
+    expect(train.get_by_label("γ (gamma)", exact=True)).to_have_value("3")
+    expect(train.locator(".formula")).to_contain_text("2305.18290")
+
+
 SLACK = 3
 """A busy core, and a browser on the same one: alone it takes some 150 ms."""
 
@@ -140,13 +170,14 @@ def test_an_uploaded_file_is_examined_line_by_line(page: Any, server: Any) -> No
     name = "пари 對 \u202epairs🦜.jsonl"
     file = jsonl_file(name, pairs(20))
     file["buffer"] += b'{"prompt": "torn", "chosen": \n{"prompt": "none"}\n[1, 2]\n'
+    before = {*(server.data_dir / "uploads").glob("*.jsonl")}
     panel = upload(page, file)
     expect(fact(panel, "pairs").first).to_have_text("20")
     expect(fact(panel, "unusable rows")).to_have_text("3")
     panel.get_by_text("3 rows cannot be used").click()
     lines = panel.locator(".problems tbody tr td:first-child").all_inner_texts()
     assert lines == ["21", "22", "23"]
-    (kept,) = (server.data_dir / "uploads").glob("*.jsonl")
+    (kept,) = {*(server.data_dir / "uploads").glob("*.jsonl")} - before
     assert "пари" in kept.name
     expect(panel.get_by_label("data", exact=True)).to_have_value(re.compile("пари"))
     train = open_tab(page, "Train")

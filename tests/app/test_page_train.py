@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import shlex
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,8 +33,11 @@ from browsing import (
 )
 from PIL import Image
 
-from app import jobs
+from app import forms, jobs
 from gapo_lite.config import load_config
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forging import forge_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = (
@@ -154,6 +158,91 @@ def test_a_setting_that_is_out_of_range_is_told_beside_the_form(page: Any) -> No
     expect_notice(page, "must be a multiple of micro_batch_size")
     enter(panel, "micro batch size", 2)
     expect(panel.locator(".warning")).to_have_count(0)
+
+
+# -- objectives --
+
+
+def setting(panel: Any, key: str) -> Any:
+    """The input of a setting, in sight or not."""
+    return panel.get_by_label(forms.fields()[key].label, exact=True)
+
+
+def test_an_objective_shows_its_formula_and_its_own_settings_and_is_trained(
+    page: Any, server: Any, tiny_settings: dict[str, Any]
+) -> None:
+    panel = load_settings(page, small_config(server, tiny_settings, *SHORT))
+    expect(panel.locator(".formula code")).to_have_text("−log σ(β(aw − al) − s·margin)")
+    expect(setting(panel, "ef.metric")).to_be_visible()
+    choose(panel, "objective", "dpo")
+    expect(panel.locator(".formula code")).to_have_text("−log σ(β(ρw − ρl) − s·margin)")
+    expect(panel.locator(".formula")).to_contain_text("Needs the reference")
+    expect(panel.locator(".formula")).to_contain_text("arXiv 2305.18290")
+    expect(setting(panel, "objective.beta")).to_have_value("0.01")
+    expect(setting(panel, "margin.source")).to_have_value("constant")
+    expect(setting(panel, "margin.gamma")).to_have_value("0")
+    for key in ("ef.metric", "margin.mapping", "objective.desirable_weight"):
+        expect(setting(panel, key)).to_be_hidden()
+    expect(panel.get_by_text("Average target margin 0 reward units: plain dpo")).to_be_visible()
+    shoot(page, "train-dpo")
+    enter(panel, "β (beta)", 0.05)
+    choose(panel, "margin from", "ef")
+    expect(setting(panel, "ef.metric")).to_be_visible()
+    expect(setting(panel, "margin.gamma")).to_have_value("3")
+    expect(setting(panel, "objective.beta")).to_have_value("0.05")  # a person's own stays
+    expect(panel.get_by_label("name of the run")).to_have_attribute("placeholder", "dpo-rougel")
+    choose(panel, "objective", "gapo")
+    expect(setting(panel, "objective.beta")).to_have_value("10")
+    choose(panel, "margin from", "constant")
+    expect_notice(page, "with a constant margin it is simpo")
+    choose(panel, "objective", "kto")
+    for key in ("objective.desirable_weight", "objective.undesirable_weight"):
+        expect(setting(panel, key)).to_have_value("1")
+        expect(setting(panel, key)).to_be_visible()
+    for key in ("margin.source", "margin.gamma", "ef.metric"):
+        expect(setting(panel, key)).to_be_hidden()
+    expect(panel.get_by_text("kto has no target margin.")).to_be_visible()
+    expect(panel.locator(".warning")).to_have_count(0)
+    shoot(page, "train-kto")
+    panel.get_by_role("button", name="Start training").click()
+    expect_notice(page, "Started kto.")
+    expect_state(page, "finished")
+    xs, ys = curves(panel, "Loss")["training"]
+    assert xs == list(range(1, 13))
+    assert ys == pytest.approx([row["loss"] for row in steps(server, "kto")], rel=1e-3)
+    assert "target" not in curves(panel, "Reward margin")
+    expect(panel.locator(".finding").first).to_be_visible()
+    shoot(page, "train-kto-finished")
+
+
+def test_a_form_filled_by_a_preset_or_a_run_shows_what_that_has(
+    page: Any, server: Any, tiny_settings: dict[str, Any]
+) -> None:
+    config = small_config(server, tiny_settings, "objective.name=orpo")
+    forge_run(server.runs_dir / "by-orpo", config.model_dump(mode="json"), adapter=False)
+    panel = open_tab(page, "Train")
+    choose(panel, "start from", "KTO: Llama-3-8B, 80 GB")
+    expect(setting(panel, "objective.desirable_weight")).to_be_visible()
+    expect(setting(panel, "margin.gamma")).to_be_hidden()
+    choose(panel, "start from", "SLiC: Llama-3-8B, 80 GB")
+    expect(setting(panel, "objective.delta")).to_have_value("1")
+    for key, is_there in (("objective.beta", False), ("margin.gamma", True)):
+        expect(setting(panel, key)).to_be_visible(visible=is_there)
+    runs = open_tab(page, "Runs")
+    choose(runs, "chosen run", "by-orpo")
+    runs.get_by_role("button", name="Copy to a new form").click()
+    expect_notice(page, "The settings of by-orpo are in the form now.")
+    expect(setting(panel, "objective.odds_weight")).to_have_value("0.5")
+    for key in ("objective.beta", "margin.gamma", "objective.delta"):
+        expect(setting(panel, key)).to_be_hidden()
+    panel.get_by_role("button", name="All other settings").click()
+    expect(panel.get_by_role("button", name="LoRA: scale")).to_be_visible()
+    expect(panel.get_by_role("button", name="Margin: floor")).to_be_hidden()
+    panel.get_by_role("button", name="YAML and command").click()
+    expect_command(panel, config)
+    choose(panel, "start from", "Demo: embedded model, CPU or GPU")
+    expect(panel.get_by_role("button", name="Margin: floor")).to_be_visible()
+    expect(setting(panel, "objective.beta")).to_have_value("10")
 
 
 # -- a whole run --

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from app import pair_views, worker
 from app import pairs as page
 from app.browser import MARK, MOST_ALIGNED_WORDS, SORTS, browse, diff_html
-from app.gaps import CONSTANT_MARGINS, GapView, gaps, to_csv
+from app.gaps import GapView, gaps, to_csv
 from app.measures import lengths, measure_lengths, measure_scores, scores
 from app.pairs import MAX_PROBLEMS, Kept, PairSet, PairSets, overview, split_of
 from gapo_lite.config import RunConfig, parse_config
@@ -31,7 +31,6 @@ from gapo_lite.ef import cache, score_pairs
 from gapo_lite.errors import ConfigError, DataError, ModelError, RunError
 from gapo_lite.lengths import count_tokens
 from gapo_lite.model import load_tokenizer
-from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.preparation import prepare
 from gapo_lite.records import _margins_record
 
@@ -302,7 +301,20 @@ CONFIGS = [
     {"data": {"max_pairs": 7}, "margin": {"normalization": "none", "gamma": 2}},
     {"objective": {"margin_scale": "one", "beta": 2.5}, "margin": {"ef_floor": 0.2}},
     {"objective": {"name": "simpo"}, "margin": {"gamma": 0.5}},
+    {"objective": {"name": "simpo"}, "margin": {"source": "ef"}},
+    {"objective": {"name": "dpo"}},
+    {"objective": {"name": "dpo"}, "margin": {"source": "ef", "normalization": "shift"}},
+    {"objective": {"name": "slic"}, "margin": {"source": "constant", "gamma": 2}},
+    {"objective": {"name": "kto"}},
+    {"objective": {"name": "orpo"}, "data": {"max_pairs": 30}},
+    {"margin": {"source": "rating"}, "data": {"rating_columns": ["strength"]}},
+    {
+        "objective": {"name": "rdpo"},
+        "margin": {"source": "rating", "normalization": "shift"},
+        "data": {"rating_columns": ["strength"], "heldout_fraction": 0.3},
+    },
     {"data": {"source": "REAL"}, "ef": {"metric": "rouge2", "use_stemmer": True}},
+    {"data": {"source": "REAL"}, "ef": {"tokenizer": "unicode"}},
     {"data": {"source": "REAL", "max_pairs": 100}, "margin": {"mapping": "sqrt"}},
 ]
 
@@ -314,11 +326,15 @@ def test_margins_are_those_that_a_run_records(number, tokenizer):
         pytest.skip(f"real preference pairs are not on this machine: {REAL}")
     prepared = prepare(config, tokenizer)
     record = _margins_record(config, prepared)
-    pair_set = PairSets().load(config.data.source)
+    pair_set = PairSets().load(config.data.source, rating_columns=config.data.rating_columns)
     measured(pair_set, config.ef.metric, config)
     view = gaps(pair_set, config)
 
     train = view.split.training
+    if config.margin.source is None:
+        assert np.isnan(view.margin).all()
+        assert np.isnan(view.mean_reward_margin)
+        return
     assert [pair_set.pairs[index] for index in train] == prepared.train.pairs
     np.testing.assert_array_equal(view.margin[train], prepared.train.margins.values)
     held_out = view.split.held_out
@@ -326,8 +342,9 @@ def test_margins_are_those_that_a_run_records(number, tokenizer):
         np.testing.assert_array_equal(view.margin[held_out], prepared.heldout.margins.values)
     else:
         assert len(held_out) == 0
-    if config.objective.name != "simpo":
+    if config.margin.source == "ef":
         np.testing.assert_array_equal(view.ef[train], prepared.train.ef)
+    if config.margin.source != "constant":
         np.testing.assert_array_equal(view.gap[train], prepared.train.margins.gaps)
     for key in ("mean_gap", "num_floored", "num_negative"):
         assert (key, getattr(view, key)) == (key, record[key])
@@ -366,6 +383,91 @@ def test_constant_margins_need_no_scores():
     assert view.gamma_beta_ratio == pytest.approx(0.3)
 
 
+RATED = [
+    {"prompt": "p", "chosen": "a b c d", "rejected": "a b x y", "good": 5, "bad": 2},
+    {"prompt": "q", "chosen": "one", "rejected": "two", "good": 4, "bad": 5},
+    {"prompt": "r", "chosen": "same", "rejected": "same"},
+    {"prompt": "s", "chosen": "yes", "rejected": "no", "good": 9, "bad": 5},
+]
+
+
+def rating_config(**margin) -> RunConfig:
+    data = {"heldout_fraction": 0, "rating_columns": ["good", "bad"]}
+    return parse_config({"data": data, "margin": {"source": "rating", **margin}})
+
+
+def test_margins_of_ratings_by_hand(tmp_path):
+    path = str(write(tmp_path / "p.jsonl", RATED))
+    config = rating_config()
+    pair_set = PairSets().load(path, rating_columns=["good", "bad"])
+    view = gaps(pair_set, config)  # no score is needed
+    assert view.known == {}
+    np.testing.assert_array_equal(view.gap, [3, -1, np.nan, 4])
+    assert view.mean_gap == 2
+    np.testing.assert_allclose(view.margin, [0.45, -0.15, 0.3, 0.6])  # the third has the mean
+    np.testing.assert_allclose(view.reward_margin, 10 * view.margin)
+    assert (view.num_unrated, view.num_negative, view.num_floored) == (1, 1, 0)
+    assert view.gamma_beta_ratio == pytest.approx(0.3)
+    measured(pair_set, "rougeL", config)
+    view = gaps(pair_set, config)
+    said, drawn = pair_views.margins(view, config), pair_views.figures(view, config)
+    assert "without ratings, at the mean</span> <b>1</b>" in said
+    assert "Gap: ratings" in drawn
+    assert "rougeL" in drawn  # EF stands beside
+    assert "nan" not in (said + drawn).lower()
+    rows = list(csv.DictReader(io.StringIO(to_csv(pair_set, view), newline="")))
+    assert [row["gap"] for row in rows] == ["3.0", "-1.0", "", "4.0"]
+    assert browse(pair_set, view, sort="margin down").line == 4
+
+
+def test_ratings_that_are_not_there_are_told(tmp_path):
+    path = str(write(tmp_path / "p.jsonl", RATED))
+    with pytest.raises(DataError, match="none of 4 pairs has ratings of both responses"):
+        gaps(PairSets().load(path), rating_config())
+
+
+def test_a_set_is_opened_anew_for_other_columns_of_ratings(tmp_path):
+    sets, path = PairSets(), str(write(tmp_path / "p.jsonl", RATED))
+    plain, rated = sets.load(path), sets.load(path, rating_columns=["good", "bad"])
+    assert sets.load(path, rating_columns=["good", "bad"]) is rated
+    assert sets.load(path) is plain
+    assert [np.isnan(each.pairs[0].rating_gap) for each in (plain, rated)] == [True, False]
+    assert page.named(plain) == page.named(rated)  # the worker takes either
+
+
+def test_is_open_says_nothing_of_columns(tmp_path):
+    sets, path = PairSets(), str(write(tmp_path / "p.jsonl", RATED))
+    assert not sets.is_open(path)
+    sets.load(path)
+    sets.load(path, rating_columns=["good", "bad"])
+    assert sets.is_open(path)
+
+
+@pytest.mark.parametrize("objective", ["kto", "orpo", "ipo", "rrhf"])
+def test_an_objective_without_a_margin_shows_evaluation_factors_only(tmp_path, objective):
+    pair_set = PairSets().load(str(write(tmp_path / "p.jsonl", RATED)))
+    config = parse_config({"objective": {"name": objective}, "data": {"heldout_fraction": 0}})
+    measured(pair_set, "rougeL", config)
+    view = gaps(pair_set, config)
+    assert view.gamma_beta_ratio is None
+    assert f"{objective} has no target margin" in pair_views.margins(view, config)
+    drawn = pair_views.figures(view, config)
+    assert "rougeL" in drawn
+    assert "Target margin" not in drawn
+    assert "nan" not in drawn.lower()
+    assert browse(pair_set, view, sort="margin down").reward_margin is None
+    rows = list(csv.DictReader(io.StringIO(to_csv(pair_set, view), newline="")))
+    assert {(row["gap"], row["margin"], row["reward_margin"]) for row in rows} == {("", "", "")}
+
+
+def test_a_plain_method_has_nothing_to_draw_of_its_margin():
+    config = parse_config({"objective": {"name": "dpo"}})
+    view = gaps(everyday(), config)
+    assert set(view.margin) == {0}
+    assert "this is plain dpo" in pair_views.margins(view, config)
+    assert "Target margin" not in pair_views.figures(view, config)
+
+
 @pytest.mark.parametrize("is_measured", [False, True])
 def test_constant_margins_have_no_gap(tmp_path, is_measured):
     config = parse_config({"objective": {"name": "simpo"}, "data": {"heldout_fraction": 0}})
@@ -385,19 +487,18 @@ def test_constant_margins_have_no_gap(tmp_path, is_measured):
     assert browse(pair_set, view, sort="margin up").reward_margin == 3.0
 
 
-def test_the_objectives_with_constant_margins_are_those_of_the_core():
-    assert set(CONSTANT_MARGINS) == {
-        name for name, spec in OBJECTIVES.items() if spec.takes_margin == "constant"
-    }
-
-
 def test_texts_that_a_metric_cannot_see_are_warned_of(tmp_path):
     texts = [("q", "你好", "再见"), ("r", "Привет", "hello"), ("s", "yes", "no"), ("t", "a", "b c")]
     pair_set = made_of(tmp_path / "p.jsonl", texts)
     config = parse_config({"data": {"heldout_fraction": 0}, "ef": {"metric": "jaccard"}})
     measured(pair_set, "jaccard", config)
     view = gaps(pair_set, config)
-    assert view.warning.startswith("jaccard sees no word at all in a text of 2 of 4")
+    assert view.warning.startswith("jaccard sees no word at all in a text of 2 of 4 training pairs")
+    assert "ef.tokenizer: unicode" in view.warning
+    seen = parse_config(config.model_dump() | {"ef": {"metric": "jaccard", "tokenizer": "unicode"}})
+    assert gaps(pair_set, seen) is None  # these are other scores
+    measured(pair_set, "jaccard", seen)
+    assert gaps(pair_set, seen).warning == ""
     assert gaps(everyday(), parse_config({"objective": {"name": "simpo"}})).warning == ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from app.run_views import comparison
 
 FOUND = {
@@ -29,6 +31,12 @@ def test_base_and_tuned_stand_side_by_side():
     html = comparison(FOUND)
     assert "<td>accuracy</td><td>55.4%</td><td>81.5%</td>" in html
     assert "65 held-out pairs, adapter of step 33; target reward margin 2.976." in html
+
+
+@pytest.mark.parametrize("target", [0.0, None])
+def test_a_run_without_a_target_margin_says_so(target):
+    html = comparison({**FOUND, "target_reward_margin": target})
+    assert "adapter of step 33; no target margin." in html
 
 
 def test_accuracy_is_drawn_by_decile_of_the_evaluation_factor():

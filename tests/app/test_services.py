@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
+import re
 import sys
 import threading
 import time
@@ -12,11 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
-from app import forms, jobs, services
+from app import figures, forms, jobs, services
+from app.history import read_history
 from app.run_table import RUN_COLUMNS
 from app.services import Services
 from app.talks import BLIND, Settings, Talk
+from app.verdict import verdict
 from gapo_lite.config import parse_config
 from gapo_lite.embedded import EMBEDDED_DATA
 from gapo_lite.errors import ConfigError, DataError, GapoError, ModelError, RunError
@@ -98,6 +103,62 @@ def test_the_form_tells_the_average_target_margin(served):
     )
 
 
+def chosen(objective: str, source: str | None = None, **values) -> dict:
+    """The demo's form with an objective chosen."""
+    own = forms.own_values(objective, source)
+    return {**form(**values), "objective.name": objective, **own}
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (chosen("kto"), "kto has no target margin."),
+        (chosen("dpo"), "Average target margin **0 reward units**: plain dpo"),
+        (chosen("dpo", "ef"), "Average target margin **0.03 reward units**"),
+        (chosen("slic", "ef"), "Average target margin **3 reward units**"),
+        (chosen("simpo"), "Average target margin **3 reward units** (SimPO's γ/β: 0.3)"),
+        (
+            chosen("gapo", "rating", data__rating_columns="strength"),
+            "Average target margin **3 reward units** (SimPO's γ/β: 0.3)",
+        ),
+        (
+            chosen("gapo", "rating"),
+            "Average target margin: there is none; the Data tab says why.",
+        ),
+        (
+            chosen("dpo", "ef", data__source="owner/name"),
+            "Average target margin: known once the pairs are opened (Data tab).",
+        ),
+        (
+            chosen("dpo", "ef", ef__metric="bertscore_f1"),
+            "Average target margin: known once the pairs are scored (Data tab).",
+        ),
+    ],
+)
+def test_the_form_tells_the_average_target_margin_of_every_kind(
+    served, values, line, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("GAPO_LITE_CACHE", str(tmp_path / "cache"))
+    assert served.data.margin_line(forms.config_of(values)) == line
+
+
+def test_pairs_without_ratings_can_still_be_looked_at(served):
+    config = served.data.data_config(chosen("gapo", "rating"))
+    with pytest.raises(DataError, match="none of 264 pairs has ratings"):
+        served.data.gaps(config)
+    found = served.data.browse(config, "", "margin down", 0)
+    assert (found.line, found.reward_margin) == (1, None)
+
+
+def test_ratings_are_read_from_the_columns_that_the_form_names(served):
+    values = chosen("gapo", "rating", data__rating_columns="strength")
+    with Path(served.data.margins_csv(values)).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    path = EMBEDDED_DATA["embedded:everyday"]
+    own = [json.loads(line)["strength"] for line in path.read_text("utf-8").splitlines()]
+    assert [float(row["gap"]) for row in rows] == own
+
+
 def test_every_pairs_numbers_are_saved_as_csv(served):
     values = form(margin__gamma=0.5)
     config = served.data.data_config(values)
@@ -131,7 +192,7 @@ def test_a_pair_is_found_by_its_words(served):
     [
         (form(data__source="/etc/passwd"), ConfigError),
         (form(model__name="/etc"), ConfigError),
-        (form(ef__bertscore_model="../.."), ConfigError),
+        (form(ef__bertscore_model="../..", ef__metric="bertscore_f1"), ConfigError),
         (form(training__learning_rate=-1), ConfigError),
         ({"no.such": 1}, ConfigError),
     ],
@@ -208,6 +269,51 @@ def test_the_table_has_a_row_for_each_run_and_for_each_damaged_folder(served, fo
     assert dict(zip(RUN_COLUMNS, rows["two"], strict=True))["EF"] == "–"
 
 
+@pytest.mark.parametrize(
+    ("objective", "source", "cells"),
+    [
+        ("kto", None, ("–", "–", "–", "0.01")),
+        ("orpo", None, ("–", "–", "–", "–")),
+        ("slic", None, ("–", "–", "0", "–")),
+        ("slic", "ef", ("0.50", "rougeL", "3", "–")),
+        ("dpo", "rating", ("0.50", "ratings", "3", "0.01")),
+        ("gapo", None, ("0.50", "rougeL", "0.3", "10")),
+    ],
+)
+def test_the_table_and_the_figures_say_what_a_run_has_none_of(
+    served, forged, objective, source, cells
+):
+    given = [f"objective.name={objective}"] + ([f"margin.source={source}"] if source else [])
+    run = forged("one", *given)
+    run.write("margins.json", {"mean_margin_in_reward_units": 0.5 if "0.50" in cells else 0.0})
+    for row in run.metrics():
+        run.append("metrics.jsonl", {**row, "step": row["step"] + 10, "eval/margin/mean": 0.2})
+    (row,) = served.run_rows()
+    named = dict(zip(RUN_COLUMNS, row, strict=True))
+    assert tuple(named[column] for column in ("target", "EF", "γ", "β")) == cells
+    drawn = figures.of_run(run, read_history(run), axis="step", smoothing=0)
+    assert ("target" in json_series(drawn)) == ("0.50" in cells)
+    for finding in verdict(run):
+        assert "None" not in f"{finding.title} {finding.text} {finding.advice}"
+
+
+def json_series(html_text: str) -> set[str]:
+    """Names of all that the figures draw, but for held-out points."""
+    found = re.findall(r'data-points="([^"]*)"', html_text)
+    lines = [one for text in found for one in json.loads(html.unescape(text)).get("series", [])]
+    return {one["name"].removeprefix("held-out ") for one in lines}
+
+
+def test_a_run_of_before_there_were_other_objectives_is_still_read(served, forged):
+    run = forged("one")
+    settings = yaml.safe_load((run.path / "config.yaml").read_text())
+    settings["objective"] = {"name": "simpo", "beta": 10.0, "margin_scale": "beta"}
+    del settings["margin"]["source"], settings["data"]["rating_columns"]
+    (run.path / "config.yaml").write_text(yaml.safe_dump(settings))
+    named = dict(zip(RUN_COLUMNS, served.run_rows()[0], strict=True))
+    assert (named["objective"], named["EF"], named["γ"], named["β"]) == ("simpo", "–", "0.3", "10")
+
+
 def test_the_table_follows_what_a_run_logs(served, forged):
     run = forged("one")
     before = served.run_rows()
@@ -238,9 +344,12 @@ def test_two_configurations_differ_by_key_and_values(served, forged):
     forged("one")
     forged("two", "margin.gamma=0.5", "objective.name=simpo")
     assert served.difference("one", "two") == [
-        ("margin.gamma", "0.3", "0.5"),
         ("objective.name", "gapo", "simpo"),
+        ("margin.source", "ef", "constant"),
+        ("margin.gamma", "0.3", "0.5"),
     ]
+    forged("three", "objective.name=orpo")
+    assert ("objective.beta", "10.0", "–") in served.difference("one", "three")
     assert served.difference("one", "one") == []
 
 

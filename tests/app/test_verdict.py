@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,11 @@ from app import verdict as verdict_module
 from app.history import History
 from app.verdict import judge, repetition, verdict
 from gapo_lite.config import parse_config, setting_keys
+from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.runs import Run, now
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forging import forge_run
 
 ROOT = Path(__file__).resolve().parents[2]
 LEVELS = ["bad", "watch", "good"]
@@ -696,3 +701,73 @@ def test_a_failure_is_told_without_what_is_secret_in_it(short_run):
     assert "no way to" in failed.text
     assert "geheim" not in failed.text
     assert "hf_abc" not in failed.text
+
+
+# -- other objectives --
+
+
+PLAIN = {"target": None, "beta": 0.01, "is_averaged": False}
+"""Of a plain DPO run."""
+WITHOUT_BETA = {"target": None, "beta": None, "is_averaged": True}
+"""Of ORPO and RRHF; SLiC's rewards are no averages."""
+
+
+@pytest.mark.parametrize("kind", [PLAIN, WITHOUT_BETA, {**WITHOUT_BETA, "is_averaged": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"grad_norm": np.full(60, 90.0)},
+        {"loss": np.full(60, np.nan)},
+        {"held_logps_chosen": [-3.7, -3.8, -4.0, -4.2]},
+        {"held_rewards_margins": [0.25, 9, 30, 90]},
+        {"held_rewards_margins": [0.25, 0.26, 0.27, 0.28], "held_rewards_accuracies": [0.5] * 4},
+        {"held_rewards_accuracies": [0.55, 0.56, 0.58, 0.62]},
+    ],
+)
+def test_without_a_target_or_a_beta_nothing_is_said_of_them(kind, changes):
+    samples = [
+        {"step": step, "prompt": prompt, "answer": answer}
+        for prompt in ("a", "b", "c")
+        for step, answer in ((0, "Short."), (60, LOOP))
+    ]
+    for answers in ((), samples):
+        for finding in judged(healthy(**changes), answers, **kind):
+            said = f"{finding.title} {finding.text} {finding.advice}"
+            assert "None" not in said
+            assert "target" not in said
+            assert "margin.gamma" not in said
+            assert kind["beta"] or "objective.beta" not in said
+
+
+@pytest.mark.parametrize(("last", "is_stuck"), [(0.52, True), (0.8, False)])
+def test_a_model_that_is_its_own_reference_begins_by_guessing(last, is_stuck):
+    held = {
+        "held_rewards_accuracies": [0, 0.5, 0.5, last],
+        "held_rewards_margins": [0, 0.1, 0.1, 0.2],
+    }
+    (finding,) = judged(healthy(**held), **PLAIN)
+    assert "from 50% to" in finding.text
+    assert (finding.title == "Accuracy is stuck at a half") == is_stuck
+
+
+def test_a_margin_however_large_is_no_overshoot_without_a_target():
+    far = healthy(held_rewards_margins=[0.25, 9, 30, 90])
+    assert "The margin is far above its target" in titles(far)
+    assert titles(far, **PLAIN) == ["Accuracy and margin are as they should be"]
+
+
+def test_the_distance_that_a_target_asks_for_is_told_only_per_token():
+    fallen = healthy(held_logps_chosen=[-3.7, -3.8, -4.0, -4.2])
+    assert any("a distance of 0.30 only" in finding.text for finding in judged(fallen))
+    for kind in ({"beta": 0.01, "is_averaged": False}, {"beta": None, "is_averaged": False}):
+        assert not any("a distance of" in finding.text for finding in judged(fallen, **kind))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_of_every_objective_is_judged(tmp_path, tiny_settings, objective):
+    run = forge_run(tmp_path / "run", tiny_settings, f"objective.name={objective}", adapter=False)
+    run.write("margins.json", {"mean_margin_in_reward_units": 0.0})
+    check(verdict(run))
+    for finding in verdict(run):
+        assert "None" not in f"{finding.title} {finding.text} {finding.advice}"

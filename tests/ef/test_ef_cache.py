@@ -85,6 +85,8 @@ def test_every_change_of_texts_or_settings_has_a_file_of_its_own():
             ([], [], "rougeL", {}),
             (["ab", "c"], ["d", "e"], "rouge1", {}),
             (["ab", "c"], ["d", "e"], "rougeL", {"use_stemmer": True}),
+            (["ab", "c"], ["d", "e"], "rougeL", {"tokenizer": "unicode"}),
+            (["ab", "c"], ["d", "e"], "rougeL", {"tokenizer": "unicode", "use_stemmer": True}),
             (["ab", "c"], ["d", "e"], "bertscore_p", {}),
             (["ab", "c"], ["d", "e"], "bertscore_p", {"layer": 3}),
             (["ab", "c"], ["d", "e"], "bertscore_p", {"batch_size": 3}),
@@ -100,8 +102,25 @@ def test_every_change_of_texts_or_settings_has_a_file_of_its_own():
 def test_settings_that_leave_the_scores_alone_do_not_change_the_file():
     pair = ["a"], ["b"]
     assert cache_path(*pair, "rougeL", {}) == cache_path(*pair, "rougeL", {"use_stemmer": False})
+    assert cache_path(*pair, "rougeL", {}) == cache_path(*pair, "rougeL", {"tokenizer": "rouge"})
     plain = cache_path(*pair, "bertscore_p", {})
     assert plain == cache_path(*pair, "bertscore_p", {"batch_size": 64, "device": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("ef", "options", "name"),
+    [
+        ("rougeL", {}, "40557563fc55767cfc4a8fd64b5d6e362d2a52484a3cf3bdc0b77c242d8b7a34"),
+        (
+            "jaccard",
+            {"use_stemmer": True},
+            "6d3d0651ff5d8059d8f9db0a01c0f50a5ca49596145f1307c2d44a50f0462e3b",
+        ),
+    ],
+)
+def test_scores_kept_before_there_was_a_tokenizer_are_still_found(ef, options, name):
+    options = {"tokenizer": "rouge", **options}
+    assert cache_path(["a b", "é"], ["a c", "e"], ef, options).stem == name
 
 
 def test_another_state_of_a_local_model_has_another_file(tmp_path):

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from rouge_score import tokenize, tokenizers
+from nltk.stem.porter import PorterStemmer
+from plain_words import any_script, plain_words
+from rouge_score import tokenizers
 from rouge_score.rouge_scorer import RougeScorer
 
 from gapo_lite.ef import lexical, score_pairs
-from gapo_lite.ef.lexical import LEXICAL, count_unseen, lexical_scores
+from gapo_lite.ef.lexical import LEXICAL, lexical_scores
 from gapo_lite.errors import DataError
 
 ROUGE = ["rouge1", "rouge2", "rougeL"]
@@ -26,9 +28,37 @@ class RememberingTokenizer:
         self.tokenize = functools.cache(tokenizers.DefaultTokenizer(use_stemmer).tokenize)
 
 
-def reference(chosen: list[str], rejected: list[str], efs: list[str], use_stemmer: bool) -> dict:
+class PlainTokenizer:
+    """The tokenizer "unicode" as a plain loop, for rouge-score to count with."""
+
+    def __init__(self, use_stemmer: bool):
+        self._stem = PorterStemmer().stem if use_stemmer else str
+
+    def tokenize(self, text: str) -> list[str]:
+        words = plain_words(text)
+        return [self._stem(word) if word.isascii() and len(word) > 3 else word for word in words]
+
+
+TOKENIZERS = {"rouge": RememberingTokenizer, "unicode": PlainTokenizer}
+
+
+def reference(
+    chosen: list[str],
+    rejected: list[str],
+    efs: list[str],
+    use_stemmer: bool,
+    tokenizer: str = "rouge",
+) -> dict:
     """What rouge-score says, and the same kind of fraction of its tokens for Jaccard."""
-    tokenizer = RememberingTokenizer(use_stemmer)
+    return counted(chosen, rejected, efs, TOKENIZERS[tokenizer](use_stemmer))
+
+
+def counted(
+    chosen: list[str],
+    rejected: list[str],
+    efs: list[str],
+    tokenizer: RememberingTokenizer | PlainTokenizer,
+) -> dict:
     scorer = RougeScorer([ef for ef in efs if ef != "jaccard"], tokenizer=tokenizer)
     rows = [
         scorer.score(target, prediction)
@@ -50,7 +80,7 @@ def assert_same_bits(ours: dict, theirs: dict) -> None:
         np.testing.assert_array_equal(ours[ef], theirs[ef], err_msg=ef)
 
 
-def of_one(ef: str, chosen: str, rejected: str, **options: bool) -> float:
+def of_one(ef: str, chosen: str, rejected: str, **options: bool | str) -> float:
     return float(score_pairs([chosen], [rejected], ef, **options)[0])
 
 
@@ -107,23 +137,6 @@ text = any_text | wordy_text
 def test_every_score_equals_rouge_score_for_any_text(chosen, rejected, use_stemmer):
     ours = lexical_scores([chosen], [rejected], list(LEXICAL), use_stemmer=use_stemmer)
     assert_same_bits(ours, reference([chosen], [rejected], list(LEXICAL), use_stemmer))
-
-
-def test_every_character_of_unicode_is_cut_as_rouge_score_cuts_it():
-    for start in range(0, 0x110000, 0x1000):
-        block = "xY".join(map(chr, range(start, start + 0x1000)))
-        words = [word.decode("ascii") for word in lexical._split(block)]
-        assert words == tokenize.tokenize(block, None), hex(start)
-
-
-def test_unseen_texts_are_exactly_those_without_a_token_of_rouge_score():
-    for start in range(0, 0x110000):
-        character = chr(start)
-        seen = count_unseen([character], ["a"]) == 0
-        assert seen == (
-            character.isspace()
-            or any("0" <= c <= "9" or "a" <= c <= "z" for c in character.lower())
-        )
 
 
 @pytest.mark.parametrize(
@@ -226,8 +239,105 @@ def test_progress_is_told_after_each_chunk(monkeypatch):
     assert calls == [(4, 10), (8, 10), (10, 10)]
 
 
-def test_pairs_with_a_text_that_the_tokenizer_cannot_see_are_counted():
-    chosen = ["Привет", "hello", "", " \n", "مرحبا", "5 \u212aelvin", "…", "\u0130", "\u212a"]
-    rejected = ["hello", "你好", "", "hello", "مرحبا", "5 K", "hello", "i", "k"]
-    assert count_unseen(chosen, rejected) == 4
-    assert list(score_pairs(["你好"], ["你好"])) == [0.0]
+@settings(max_examples=300, deadline=None)
+@given(any_script, any_script, st.booleans())
+@example("Straße İstanbul", "STRASSE i\u0307stanbul", False)
+@example("flying flies наглые", "fly fly нагл", True)
+def test_unicode_scores_equal_rouge_scores_of_plainly_cut_words(chosen, rejected, use_stemmer):
+    settings = {"use_stemmer": use_stemmer, "tokenizer": "unicode"}
+    ours = lexical_scores([chosen], [rejected], list(LEXICAL), **settings)
+    assert_same_bits(ours, reference([chosen], [rejected], list(LEXICAL), **settings))
+
+
+def test_unicode_scores_of_a_sample_of_real_pairs_equal_those_of_plainly_cut_words(real_rows):
+    chosen, rejected = texts_of(random.Random(0).sample(real_rows, 200))
+    ours = lexical_scores(chosen, rejected, list(LEXICAL), tokenizer="unicode")
+    expected = reference(chosen, rejected, list(LEXICAL), use_stemmer=False, tokenizer="unicode")
+    assert_same_bits(ours, expected)
+
+
+def test_both_tokenizers_agree_to_the_last_bit_on_all_real_pairs_in_ascii(real_rows):
+    rows = [row for row in real_rows if (row["chosen"] + row["rejected"]).isascii()]
+    assert len(rows) == 2111
+    for use_stemmer in (False, True):
+        rouge, unicode = (
+            lexical_scores(
+                *texts_of(rows), list(LEXICAL), use_stemmer=use_stemmer, tokenizer=tokenizer
+            )
+            for tokenizer in ("rouge", "unicode")
+        )
+        assert_same_bits(unicode, rouge)
+
+
+def test_both_tokenizers_nearly_agree_on_real_english_with_other_characters(real_rows):
+    # They differ by words such as "naïve", which ROUGE's cuts in two, by "m²" and by other scripts;
+    # most (0.16) where a response is phonetic spelling, "[ɪnˈtɜːrprɪˈteɪʃənz]".
+    rows = [row for row in real_rows if not (row["chosen"] + row["rejected"]).isascii()]
+    rouge, unicode = (
+        score_pairs(*texts_of(rows), tokenizer=tokenizer) for tokenizer in ("rouge", "unicode")
+    )
+    apart = abs(unicode - rouge)
+    assert apart.mean() < 0.002
+    assert (apart > 0.03).mean() < 0.005
+
+
+@settings(max_examples=200, deadline=None)
+@given(any_script, any_script)
+def test_unicode_scores_lie_in_0_to_1_whichever_text_is_the_first(chosen, rejected):
+    there, back = (
+        lexical_scores([a], [b], list(LEXICAL), tokenizer="unicode")
+        for a, b in ((chosen, rejected), (rejected, chosen))
+    )
+    for ef in LEXICAL:
+        assert 0 <= there[ef][0] <= 1
+        assert there[ef][0] == pytest.approx(back[ef][0], rel=1e-15)
+
+
+@settings(max_examples=200, deadline=None)
+@given(any_script)
+def test_the_same_text_of_any_script_scores_one_where_there_is_a_word(text):
+    words = len(plain_words(text))
+    scores = lexical_scores([text], [text], list(LEXICAL), tokenizer="unicode")
+    needed = {"jaccard": 1, "rouge1": 1, "rouge2": 2, "rougeL": 1}
+    assert {ef: float(score[0]) for ef, score in scores.items()} == {
+        ef: float(words >= needed[ef]) for ef in LEXICAL
+    }
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        ("我喜欢吃苹果。", "我喜欢吃香蕉。", 8 / 12),  # 4 of 6 letters
+        ("猫が好き", "犬が好き", 6 / 8),
+        ("Я люблю чай", "я ЛЮБЛЮ кофе", 4 / 6),
+        ("أحب الشاي", "أحب القهوة", 2 / 4),
+        ("मुझे चाय पसंद है", "मुझे कॉफ़ी पसंद है", 6 / 8),
+        ("น้ำชา", "น้ำตา", 6 / 8),  # น้ํ า and า of four each
+        ("I ♥ 東京 2020", "i love 東京!", 6 / 8),
+        ("très déjà", "tre\u0300s de\u0301ja\u0300", 1.0),
+        ("ＡＢＣ １２３", "abc 123", 1.0),
+        ("Straße", "STRASSE", 1.0),
+        ("İstanbul", "i\u0307stanbul", 1.0),
+        ("İstanbul", "istanbul", 0.0),  # the dot is a mark of its own
+        ("die Straße 😀😀", "die Straße", 1.0),
+        ("😀", "😀", 0.0),
+    ],
+)
+def test_unicode_scores_are_the_fractions_one_gets_by_hand(chosen, rejected, expected):
+    score = of_one("rougeL", chosen, rejected, tokenizer="unicode")
+    assert score == pytest.approx(expected, rel=1e-15)
+
+
+def test_the_stemmer_leaves_words_of_other_scripts_alone():
+    both = {"tokenizer": "unicode", "use_stemmer": True}
+    assert of_one("rouge1", "walking über", "walked über", **both) == 1.0
+    assert of_one("rouge1", "naïves", "naïve", **both) == 0.0
+
+
+def test_rouge_sees_nothing_in_scripts_that_unicode_sees():
+    assert (
+        of_one("rougeL", "你好", "你好")
+        == of_one("rougeL", "你好", "你好", tokenizer="rouge")
+        == 0.0
+    )
+    assert of_one("rougeL", "你好", "你好", tokenizer="unicode") == 1.0

@@ -95,6 +95,8 @@ def test_an_unknown_option_is_refused_with_the_nearest_one():
         score_pairs(["a"], ["a"], "bertscore_p", layers=3)
     with pytest.raises(ConfigError, match="no option 'use_stemmer' of bertscore_f1"):
         score_pairs(["a"], ["a"], "bertscore_f1", use_stemmer=True)
+    with pytest.raises(ConfigError, match="no option 'tokenizer' of bertscore_f1"):
+        score_pairs(["a"], ["a"], "bertscore_f1", tokenizer="unicode")
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,9 @@ def test_an_unknown_option_is_refused_with_the_nearest_one():
     [
         ("rouge1", {"use_stemmer": "yes"}),
         ("rouge1", {"use_stemmer": 1}),
+        ("rougeL", {"tokenizer": "bpe"}),
+        ("rougeL", {"tokenizer": None}),
+        ("rougeL", {"tokenizer": ["rouge"]}),
         ("bertscore_p", {"model": ""}),
         ("bertscore_p", {"model": None}),
         ("bertscore_p", {"layer": 0}),
@@ -117,8 +122,20 @@ def test_a_value_that_an_option_cannot_take_is_refused_by_name(ef, option):
         score_pairs(["a"], ["a"], ef, **option)
 
 
+@pytest.mark.parametrize("ef", ["jaccard", "rouge1", "rouge2", "rougeL"])
+def test_every_lexical_factor_takes_the_tokenizer(ef):
+    texts = ["Всё это хорошо.", "这很好"], ["всё ЭТО хорошо", "这很好！"]
+    assert score_pairs(*texts, ef).tolist() == [0.0, 0.0]
+    assert score_pairs(*texts, ef, tokenizer="unicode").tolist() == [1.0, 1.0]
+
+
+def test_a_wrong_tokenizer_is_answered_with_those_there_are():
+    with pytest.raises(ConfigError, match="it has to be 'rouge' or 'unicode'"):
+        score_pairs(["a"], ["a"], tokenizer="words")
+
+
 def test_options_are_completed_with_their_defaults():
-    assert check_options("rouge2", {}) == {"use_stemmer": False}
+    assert check_options("rouge2", {}) == {"use_stemmer": False, "tokenizer": "rouge"}
     assert check_options("bertscore_r", {"layer": 3}) == {
         "model": "roberta-large",
         "layer": 3,

@@ -322,3 +322,15 @@ def test_loading_says_nothing_and_leaves_the_reports_of_transformers_as_they_wer
     assert capfd.readouterr() == ("", "")
     assert transformers.utils.logging.get_verbosity() == verbosity
     assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+def test_faster_layers_say_the_same_and_give_way_where_they_do_not(monkeypatch):
+    texts = ["the cat sat on the mat", "a dog"], ["the cat ran", "a dog barks at the cat"]
+    fast = bert_scores(*texts, model=MINILM)
+    encoder = semantic.load_encoder(MINILM, None, "cpu")
+    kinds = {type(module).__name__ for module in encoder.network.modules()}
+    assert "_OneDnnLinear" in kinds
+    monkeypatch.setattr(semantic._OneDnnLinear, "forward", lambda self, values: values[..., :1])
+    kinds = {type(m).__name__ for m in semantic.load_encoder(MINILM, None, "cpu").network.modules()}
+    assert "_OneDnnLinear" not in kinds
+    np.testing.assert_allclose(bert_scores(*texts, model=MINILM), fast, atol=1e-6)
