@@ -37,8 +37,6 @@ from gapo_lite.model import causal_model
 from gapo_lite.trainer import GapoTrainer
 
 TRL = "trl"
-GIB = 2**30
-
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 
 
@@ -171,13 +169,8 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def peak_bytes() -> int:
-    """Peak resident memory of this process since `reset_peak`, else since it began."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def reset_peak() -> None:
-    """Lets `peak_bytes` start again from the memory held now (Linux)."""
+    """Lets the peak start again from the memory held now (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -53,6 +53,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from gapo_lite.attention import SHARED_PREFIX
 from gapo_lite.config import ObjectiveConfig
 from gapo_lite.errors import RunError
+from gapo_lite.memory import GIB, peak_resident_bytes
 from gapo_lite.model import (
     _keep_trainable_layout,
     add_adapter,
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = common.machine()
     print(common.describe(machine), flush=True)
     bench = _bench(options, scale, device)
-    rate, model_gib = matrix_rate(scale.matrix, bench.dtype, device), _held_bytes() / common.GIB
+    rate, model_gib = matrix_rate(scale.matrix, bench.dtype, device), _held_bytes() / GIB
     print(
         f"model {model_gib:.2f} GiB with its adapter; matrix product {rate / 1e12:.1f} TFLOP/s; "
         f"{time.monotonic() - began:.0f} s to here\n",
@@ -430,10 +431,10 @@ def _held_bytes() -> int:
 def _peaks() -> dict[str, float]:
     """On a GPU as PyTorch's allocator counts; else resident memory, which has no reserve."""
     if not torch.cuda.is_available():
-        return {"peak_gib": common.peak_bytes() / common.GIB, "reserved_gib": 0.0}
+        return {"peak_gib": peak_resident_bytes() / GIB, "reserved_gib": 0.0}
     return {
-        "peak_gib": torch.cuda.max_memory_allocated() / common.GIB,
-        "reserved_gib": torch.cuda.max_memory_reserved() / common.GIB,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
     }
 
 

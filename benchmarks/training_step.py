@@ -39,6 +39,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from gapo_lite.batching import render_prompt, tokenize_pairs
 from gapo_lite.config import ObjectiveConfig
 from gapo_lite.data import load_pairs
+from gapo_lite.memory import GIB, peak_resident_bytes
 from gapo_lite.model import add_adapter, load_base, load_tokenizer, pick_precision, why_not_packed
 from gapo_lite.types import PreferencePair, TokenizedPair
 
@@ -145,7 +146,7 @@ def measure(contender: str, options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(options.model)
     pairs, tokens = _pairs(options, tokenizer, steps * micro_batch)
     policy = _policy(options)
-    model_bytes, loading_peak = common.resident_bytes(), common.peak_bytes()
+    model_bytes, loading_peak = common.resident_bytes(), peak_resident_bytes()
     common.reset_peak()
     with tempfile.TemporaryDirectory() as folder:
         arguments = common.shared_arguments(
@@ -164,16 +165,16 @@ def measure(contender: str, options: argparse.Namespace) -> dict[str, Any]:
         clock, count = common.StepClock(options.warmup), common.TokenCount(policy)
         trainer.add_callback(clock)
         trainer.train()
-    peak, timed_pairs = common.peak_bytes(), options.steps * micro_batch
+    peak, timed_pairs = peak_resident_bytes(), options.steps * micro_batch
     return {
         "contender": contender,
         "micro_batch": micro_batch,
         "pairs_per_second": timed_pairs / sum(clock.seconds),
         "cpu_seconds_per_pair": sum(clock.cpu_seconds) / timed_pairs,
         "tokens_per_pair": sum(count.tokens[options.warmup :]) / timed_pairs,
-        "peak_gib": max(peak, loading_peak) / common.GIB,
-        "above_model_gib": (peak - model_bytes) / common.GIB,
-        "model_gib": model_bytes / common.GIB,
+        "peak_gib": max(peak, loading_peak) / GIB,
+        "above_model_gib": (peak - model_bytes) / GIB,
+        "model_gib": model_bytes / GIB,
         "first_loss": float(trainer.step_losses[0]),
         "last_loss": float(trainer.step_losses[-1]),
         "step_seconds": clock.seconds,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -32,6 +31,7 @@ from gapo_lite.config import ObjectiveConfig
 from gapo_lite.errors import RunError
 from gapo_lite.evaluate import Collate, PairScores, pair_scores, score_heldout, summarize
 from gapo_lite.loss import PairLoss
+from gapo_lite.memory import peak_memory_gib
 from gapo_lite.runs import Run, telling_disk_errors
 from gapo_lite.training_state import (
     load_optimizer,
@@ -361,14 +361,6 @@ class GapoTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated here: benchmarks measure it."""
         return 0
-
-
-def peak_memory_gib() -> float:
-    """Peak memory of this process, in GiB: allocated on the GPU, or resident where there is
-    none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _sums(batch: PairBatch, logps: PairLogps, output: LossOutput) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Run folders made without training, for tests of what comes after it."""
+"""Runs and policies for tests: made without training, and compared after it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 
 from gapo_lite.config import parse_config
 from gapo_lite.model import add_adapter, load_base
 from gapo_lite.runs import Run
+from gapo_lite.training import train
 
 EVALUATIONS = [
     {"step": 0, "accuracies": 0.5, "margins": 0.1},
@@ -46,11 +48,39 @@ def evaluation_row(step: int, accuracies: float, margins: float) -> dict:
 
 def _save_adapter(folder: Path, base: str, rank: int) -> None:
     policy = add_adapter(load_base(base, quantization="none", dtype=torch.float32), rank=rank)
-    generator = torch.Generator().manual_seed(1)
+    randomize_adapter(policy, 0.1, seed=1)
+    policy.save_pretrained(folder, save_embedding_layers=False)
+
+
+def randomize_adapter(policy: PeftModel, scale: float, seed: int = 0) -> PeftModel:
+    """Lets the adapter say something: B is random of that size instead of 0."""
+    generator = torch.Generator().manual_seed(seed)
     for name, weight in policy.named_parameters():
         if "lora_B" in name:
-            weight.data = torch.randn(weight.shape, generator=generator) * 0.1
-    policy.save_pretrained(folder, save_embedding_layers=False)
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) * scale)
+    return policy
+
+
+def settings_with(settings: dict, **sections: dict) -> dict:
+    """The settings with some of them changed."""
+    return {
+        **settings,
+        **{name: {**settings.get(name, {}), **values} for name, values in sections.items()},
+    }
+
+
+def run_of(settings: dict, runs_dir: Path, *overrides: str, **kwargs) -> Run:
+    """A training of these settings."""
+    config = parse_config(settings, overrides)
+    return train(config, runs_dir=runs_dir, show_progress=False, **kwargs)
+
+
+TIMING = {"tokens_per_second", "pairs_per_second", "memory_gib", "elapsed_s"}
+
+
+def numbers(run: Run) -> list[dict]:
+    """Metrics without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in run.metrics()]
 
 
 def read_jsonl(path: Path) -> list[dict]:

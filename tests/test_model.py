@@ -9,6 +9,7 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
+from forging import randomize_adapter
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,10 +43,7 @@ SHAPES = ((5, 4, 7), (1, 1, 1), (9, 1, 12), (2, 8, 3))
 def policy_of(base, seed=1):
     """A policy whose adapter already does something: B is random instead of 0."""
     policy = add_adapter(base, rank=4, alpha=8)
-    gen = torch.Generator().manual_seed(seed)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=gen) * 0.05)
+    randomize_adapter(policy, 0.05, seed)
     return policy
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forging import randomize_adapter
 from torch.nn.functional import logsigmoid
 
 from gapo_lite import logps as logps_module
@@ -625,10 +626,7 @@ def policy(tiny_model):
     model = add_adapter(
         load_base(str(tiny_model), quantization="none", dtype=torch.float32), rank=4
     )
-    gen = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=gen) * 0.1)
+    randomize_adapter(model, 0.1)
     assert why_not_packed(model) == ""
     return model
 

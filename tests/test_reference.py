@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forging import numbers, randomize_adapter, run_of, settings_with
 from typer.testing import CliRunner
 
 from gapo_lite import cli
@@ -25,25 +26,8 @@ from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.preparation import prepare
 from gapo_lite.reference import with_reference
 from gapo_lite.run_callback import RunCallback
-from gapo_lite.training import train
 
-TIMING = {"tokens_per_second", "pairs_per_second", "memory_gib", "elapsed_s"}
 CPU = torch.device("cpu")
-
-
-def settings_with(settings, **sections):
-    return {
-        **settings,
-        **{name: {**settings.get(name, {}), **values} for name, values in sections.items()},
-    }
-
-
-def run_of(settings, runs_dir, **kwargs):
-    return train(parse_config(settings), runs_dir=runs_dir, show_progress=False, **kwargs)
-
-
-def numbers(run):
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in run.metrics()]
 
 
 @pytest.fixture(autouse=True)
@@ -59,10 +43,7 @@ def policy(tiny_model):
     """An adapter that says something else than its base."""
     base = load_base(str(tiny_model), quantization="none", dtype=torch.float32)
     model = add_adapter(base, rank=4, dropout=0.5)
-    gen = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=gen) * 0.1)
+    randomize_adapter(model, 0.1)
     assert why_not_packed(model) == ""
     return model
 

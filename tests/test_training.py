@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forging import numbers, run_of, settings_with
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -25,27 +26,7 @@ from gapo_lite.errors import ConfigError, DataError, ModelError, RunError
 from gapo_lite.run_callback import RunCallback
 from gapo_lite.runs import Run, list_runs
 from gapo_lite.trainer import GapoTrainer
-from gapo_lite.training import train, training_arguments
-
-TIMING = {"tokens_per_second", "pairs_per_second", "memory_gib", "elapsed_s"}
-
-
-def settings_with(settings, **sections):
-    return {
-        **settings,
-        **{name: {**settings.get(name, {}), **values} for name, values in sections.items()},
-    }
-
-
-def run_of(settings, runs_dir, *overrides, **kwargs):
-    return train(
-        parse_config(settings, overrides), runs_dir=runs_dir, show_progress=False, **kwargs
-    )
-
-
-def numbers(run):
-    """Metrics without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in run.metrics()]
+from gapo_lite.training import training_arguments
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from forging import randomize_adapter
 
 from gapo_lite.batching import pack, pad, tokenize_pairs
 from gapo_lite.model import add_adapter, forward_logps, load_base, load_tokenizer, why_not_packed
@@ -39,10 +40,7 @@ def real_pairs(real_rows):
 @pytest.fixture(scope="module")
 def policy():
     model = add_adapter(load_base(SMOL, quantization="none", dtype=torch.float32), rank=4)
-    gen = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=gen) * 0.02)
+    randomize_adapter(model, 0.02)
     assert why_not_packed(model) == ""
     return model
 

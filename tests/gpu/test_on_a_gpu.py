@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from forging import randomize_adapter
 
 from gapo_lite import attention
 from gapo_lite.batching import pack, pad
@@ -35,10 +36,7 @@ def random_pairs():
 def policy(tiny_model):
     base = load_base(str(tiny_model), quantization="nf4", dtype=torch.bfloat16, device="cuda")
     model = add_adapter(base, rank=8)
-    gen = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=gen) * 0.05)
+    randomize_adapter(model, 0.05)
     assert why_not_packed(model) == ""
     return model
 
