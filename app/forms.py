@@ -43,23 +43,21 @@ RECIPES = Path(__file__).parents[1] / "configs"
 PRESETS = {
     "Demo: embedded model, CPU or GPU": "demo.yaml",
     "Demo with SimPO (the baseline)": "demo-simpo.yaml",
-    "The paper: Llama-3-8B, GaPO with ROUGE-L, 80 GB": "llama3-8b-gapo-rougel.yaml",
-    "The paper on 24 GB": "llama3-8b-gapo-rougel-24gb.yaml",
-    "SimPO: Llama-3-8B, 80 GB": "llama3-8b-simpo.yaml",
-    "SimPO on 24 GB": "llama3-8b-simpo-24gb.yaml",
-    "GaPO with ratings: Llama-3-8B, 80 GB": "llama3-8b-gapo-rating.yaml",
-    "DPO: Llama-3-8B, 80 GB": "llama3-8b-dpo.yaml",
-    "IPO: Llama-3-8B, 80 GB": "llama3-8b-ipo.yaml",
-    "KTO: Llama-3-8B, 80 GB": "llama3-8b-kto.yaml",
-    "CPO: Llama-3-8B, 80 GB": "llama3-8b-cpo.yaml",
-    "ORPO: Llama-3-8B, 80 GB": "llama3-8b-orpo.yaml",
-    "R-DPO: Llama-3-8B, 80 GB": "llama3-8b-rdpo.yaml",
-    "SLiC: Llama-3-8B, 80 GB": "llama3-8b-slic.yaml",
-    "RRHF: Llama-3-8B, 80 GB": "llama3-8b-rrhf.yaml",
-    "DPOP: Llama-3-8B, 80 GB": "llama3-8b-dpop.yaml",
-    "β-DPO: Llama-3-8B, 80 GB": "llama3-8b-beta-dpo.yaml",
-    "WPO: Llama-3-8B, 80 GB": "llama3-8b-wpo.yaml",
-    "RSO: Llama-3-8B, 80 GB": "llama3-8b-rso.yaml",
+    "The paper: Llama-3-8B, GaPO with ROUGE-L": "llama3-8b-gapo-rougel.yaml",
+    "SimPO: Llama-3-8B": "llama3-8b-simpo.yaml",
+    "GaPO with ratings: Llama-3-8B": "llama3-8b-gapo-rating.yaml",
+    "DPO: Llama-3-8B": "llama3-8b-dpo.yaml",
+    "IPO: Llama-3-8B": "llama3-8b-ipo.yaml",
+    "KTO: Llama-3-8B": "llama3-8b-kto.yaml",
+    "CPO: Llama-3-8B": "llama3-8b-cpo.yaml",
+    "ORPO: Llama-3-8B": "llama3-8b-orpo.yaml",
+    "R-DPO: Llama-3-8B": "llama3-8b-rdpo.yaml",
+    "SLiC: Llama-3-8B": "llama3-8b-slic.yaml",
+    "RRHF: Llama-3-8B": "llama3-8b-rrhf.yaml",
+    "DPOP: Llama-3-8B": "llama3-8b-dpop.yaml",
+    "β-DPO: Llama-3-8B": "llama3-8b-beta-dpo.yaml",
+    "WPO: Llama-3-8B": "llama3-8b-wpo.yaml",
+    "RSO: Llama-3-8B": "llama3-8b-rso.yaml",
 }
 """What the form can be filled with: words → a recipe under configs/."""
 
@@ -275,11 +273,16 @@ def default_name(config: RunConfig) -> str:
 def batch_line(config: RunConfig) -> str:
     """How the effective batch comes about, in words."""
     training = config.training
-    accumulation = training.batch_size // training.micro_batch_size
-    return (
-        f"**{training.batch_size} pairs a step** = {training.micro_batch_size} at once × "
-        f"{accumulation} accumulated"
-    )
+    at_once = [
+        f"{limit:,} {unit}"
+        for limit, unit in (
+            (training.micro_batch_size, "pairs"),
+            (training.micro_batch_tokens, "tokens"),
+        )
+        if limit is not None
+    ]
+    most = f"at most {' and '.join(at_once)} at once" if at_once else "as many at once as fit"
+    return f"**{training.batch_size} pairs a step**, {most}"
 
 
 @cache

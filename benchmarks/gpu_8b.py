@@ -32,7 +32,6 @@ import gc
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,6 +52,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from gapo_lite.attention import SHARED_PREFIX
 from gapo_lite.config import ObjectiveConfig
 from gapo_lite.errors import RunError
+from gapo_lite.forecast import matrix_rate
 from gapo_lite.memory import GIB, peak_resident_bytes
 from gapo_lite.model import (
     _keep_trainable_layout,
@@ -60,7 +60,9 @@ from gapo_lite.model import (
     causal_model,
     pick_device,
     pick_precision,
+    set_recomputation,
 )
+from gapo_lite.shape import causal
 from gapo_lite.types import TokenizedPair
 
 OURS = "gapo-lite"
@@ -340,13 +342,7 @@ def _prepare(case: Case, bench: Bench) -> None:
     """The same adapter for every case, nothing left of the case before, peaks from here on."""
     causal = causal_model(bench.policy)
     causal.set_attn_implementation(SHARED_PREFIX if case.contender == OURS else "sdpa")
-    with warnings.catch_warnings():
-        # transformers 5.23 calls it activation checkpointing; 5.17 has only the old name
-        warnings.simplefilter("ignore", FutureWarning)
-        if case.checkpointing:
-            causal.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            causal.gradient_checkpointing_disable()
+    set_recomputation(bench.policy, float(case.checkpointing))
     bench.policy.zero_grad(set_to_none=True)
     with torch.no_grad():
         for name, parameter in bench.policy.named_parameters():
@@ -386,7 +382,8 @@ def _train(case: Case, bench: Bench) -> dict[str, Any]:
         "step_tokens_processed": [processed(batch, case.contender)[0] for batch in batches],
         "step_flops": work,
         "step_useful_flops": useful,
-        "splits": trainer.splits if case.contender == OURS else 1,  # 2: in halves, memory ran out
+        # Pairs at once since memory ran out; None where it did not.
+        "cut_to": trainer.limits.pairs if case.contender == OURS else None,
         "first_loss": float(trainer.step_losses[0]),
         **_peaks(),
     }
@@ -441,25 +438,6 @@ def _peaks() -> dict[str, float]:
 # -- what is counted --
 
 
-def matrix_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Floating point operations a second of a `size`³ matrix product: the best of a few runs."""
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):  # the first ones warm up
-        _wait(device)
-        began = time.perf_counter()
-        for _ in range(10):
-            left @ right
-        _wait(device)
-        best = min(best, (time.perf_counter() - began) / 10)
-    return 2 * size**3 / best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def processed(batch: Sequence[TokenizedPair], contender: str) -> tuple[int, int, int]:
     """(tokens through the model, rows through the head, visible keys summed over the queries).
 
@@ -468,15 +446,10 @@ def processed(batch: Sequence[TokenizedPair], contender: str) -> tuple[int, int,
     """
     sides = [(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in batch]
     if contender == OURS:
-        visible = sum(_causal(p + w) + r * p + _causal(r) for p, w, r in sides)
+        visible = sum(causal(p + w) + r * p + causal(r) for p, w, r in sides)
         return sum(map(sum, sides)), sum(w + r for _, w, r in sides), visible
     rows, width = 2 * len(sides), max(p + max(w, r) for p, w, r in sides)
-    return rows * width, rows * width, rows * _causal(width)
-
-
-def _causal(length: int) -> int:
-    """Keys that `length` queries see in all when each sees itself and those before it."""
-    return length * (length + 1) // 2
+    return rows * width, rows * width, rows * causal(width)
 
 
 def executed_flops(
@@ -588,7 +561,7 @@ def _ratio(both: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
 
 _MEDIANS = (
     *("pairs_per_second", "tokens_per_second", "tokens_per_pair", "peak_gib", "reserved_gib"),
-    *("busy", "useful", "first_loss", "splits"),
+    *("busy", "useful", "first_loss"),
 )
 
 
@@ -614,7 +587,7 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 def _speed(row: dict[str, Any]) -> str:
     if "pairs_per_second" not in row:
         return "out of memory"
-    split = f" (in {row['splits']:.0f} parts: memory ran out)" if row["splits"] > 1 else ""
+    split = f" ({row['cut_to']} at once: memory ran out)" if row.get("cut_to") else ""
     return f"{row['pairs_per_second']:.3f}{split}"
 
 

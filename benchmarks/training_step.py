@@ -40,7 +40,14 @@ from gapo_lite.batching import render_prompt, tokenize_pairs
 from gapo_lite.config import ObjectiveConfig
 from gapo_lite.data import load_pairs
 from gapo_lite.memory import GIB, peak_resident_bytes
-from gapo_lite.model import add_adapter, load_base, load_tokenizer, pick_precision, why_not_packed
+from gapo_lite.model import (
+    add_adapter,
+    load_base,
+    load_tokenizer,
+    pick_precision,
+    set_recomputation,
+    why_not_packed,
+)
 from gapo_lite.types import PreferencePair, TokenizedPair
 
 REAL_PAIRS = Path(__file__).resolve().parents[2] / "shared/data/alpaca_pairs_train.jsonl.gz"
@@ -204,12 +211,10 @@ def _pairs(
 def _policy(options: argparse.Namespace) -> PeftModel:
     """The 4-bit model and its adapter; `load_base` keeps bitsandbytes from breaking gradients."""
     dtype = pick_precision(options.precision, torch.device("cpu"))
-    return add_adapter(
-        load_base(options.model, quantization="nf4", dtype=dtype),
-        rank=options.rank,
-        alpha=2 * options.rank,
-        gradient_checkpointing=options.gradient_checkpointing,
-    )
+    base = load_base(options.model, quantization="nf4", dtype=dtype)
+    policy = add_adapter(base, rank=options.rank, alpha=2 * options.rank)
+    set_recomputation(policy, float(options.gradient_checkpointing))
+    return policy
 
 
 def _gapo_trainer(

@@ -8,8 +8,9 @@ once, nothing after it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -188,6 +189,58 @@ def turn_ending(tokenizer: PreTrainedTokenizerBase) -> TurnEnding:
             f"the chat template of {tokenizer.name_or_path} ends a turn with no special token."
         )
     return TurnEnding(tokenizer.eos_token_id, trims)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchLimits:
+    """The most that goes through the model at once; None is no limit. A pair is never cut.
+
+    Attributes:
+        pairs: number of pairs.
+        tokens: tokens of all pairs together, padding included.
+    """
+
+    pairs: int | None = None
+    tokens: int | None = None
+
+    def micro_batches(self, sizes: Sequence[int], *, packed: bool) -> list[list[int]]:
+        """Cuts an optimizer step's pairs into what goes through the model together.
+
+        First fit, longest pair first: few passes, each well filled, and in the padded layout pairs
+        of like length together. How a step is cut changes its gradients by rounding only.
+
+        Args:
+            sizes: of each pair, as `num_tokens` has it.
+            packed: else a pair costs what the longest of its micro-batch does.
+
+        Returns:
+            For each micro-batch, which pairs are in it.
+        """
+        cut: list[list[int]] = []
+        totals: list[int] = []
+        for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+            for place, group in enumerate(cut):
+                total = totals[place] + sizes[index if packed else group[0]]
+                if len(group) < (self.pairs or len(sizes)) and total <= (self.tokens or total):
+                    group.append(index)
+                    totals[place] = total
+                    break
+            else:
+                cut.append([index])
+                totals.append(sizes[index])
+        return cut
+
+    def halved(self, sizes: Sequence[int]) -> MicroBatchLimits:
+        """Limits under which a micro-batch of pairs of these sizes, two or more, is cut in two."""
+        if self.tokens is None:
+            return replace(self, pairs=math.ceil(len(sizes) / 2))
+        return replace(self, tokens=math.ceil(min(self.tokens, sum(sizes)) / 2))
+
+
+def num_tokens(prompt: int, chosen: int, rejected: int, *, packed: bool) -> int:
+    """Tokens of a pair of these lengths as it goes through the model; in the padded layout, two
+    rows as long as its longer one."""
+    return prompt + chosen + rejected if packed else 2 * (prompt + max(chosen, rejected))
 
 
 def pack(pairs: Sequence[TokenizedPair]) -> PairBatch:

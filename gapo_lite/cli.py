@@ -1,4 +1,4 @@
-"""The command line: `gapo-lite train|demo|score|evaluate|generate|chat|export|runs|doctor`.
+"""The command line: `gapo-lite train|demo|score|evaluate|generate|chat|export|runs|plan|doctor`.
 
 Each command reads its options, calls one function of the package and prints what came back. What is
 a person's to mend is printed as `error: …` with exit code 2; Ctrl-C exits with 130; everything else
@@ -446,6 +446,29 @@ def runs(
         typer.echo(f"{runs_dir} holds no runs yet: gapo-lite train configs/demo.yaml")
     else:
         show_runs(rows)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A YAML file; recipes lie in configs/.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Overrides a setting. Repeatable."),
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="A card to plan for, such as 4090 or h100; else this one.")
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Say whether it will fit, and how long it will take; exit code 1 if it will not fit."""
+    from gapo_lite.config import load_config
+    from gapo_lite.forecast import forecast
+    from gapo_lite.terminal import show_forecast
+
+    found = forecast(load_config(config, settings or []), gpu=gpu, runs_dir=runs_dir)
+    show_forecast(found)
+    if not found.plan.fits:
+        raise typer.Exit(1)
 
 
 @app.command()

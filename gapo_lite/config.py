@@ -59,6 +59,11 @@ class ModelConfig(_Section):
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Arithmetic: auto is bfloat16 where the hardware has it, else float32."
     )
+    dequantized_cache: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Keep the 4-bit weights dequantised while training: same numbers, less time, "
+        "three to four times the weights' memory. auto: where it fits.",
+    )
     backend: Literal["transformers", "unsloth"] = Field(
         "transformers", description="Who loads the model; unsloth needs requirements-unsloth.txt."
     )
@@ -302,7 +307,16 @@ class TrainingConfig(_Section):
     batch_size: int = Field(
         128, ge=1, le=65536, description="Pairs an optimizer step, over all GPUs."
     )
-    micro_batch_size: int = Field(2, ge=1, le=4096, description="Pairs a forward pass on each GPU.")
+    micro_batch_size: int | None = Field(
+        None, ge=1, le=65536, description="Pairs a forward pass, at most."
+    )
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=10**7,
+        description="Tokens a forward pass, at most. With neither this nor micro_batch_size: what "
+        "fits the memory.",
+    )
     eval_batch_size: int = Field(
         4, ge=1, le=4096, description="Pairs a forward pass in evaluation."
     )
@@ -314,8 +328,12 @@ class TrainingConfig(_Section):
     max_grad_norm: float = Field(
         1.0, gt=0, le=1e6, description="Gradients are clipped to this norm."
     )
-    gradient_checkpointing: bool = Field(
-        True, description="Recompute activations: less memory, more time."
+    gradient_checkpointing: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the layers that compute their activations again in the backward "
+        "pass: 1 takes the least memory, 0 the least time. Empty: what fits the memory.",
     )
     layout: Literal["auto", "packed", "padded"] = Field(
         "auto",
@@ -337,14 +355,13 @@ class TrainingConfig(_Section):
         default_factory=list, description="Also log to tensorboard, wandb or trackio."
     )
 
-    @model_validator(mode="after")
-    def _whole_micro_batches(self) -> TrainingConfig:
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size "
-                f"({self.micro_batch_size})"
-            )
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _all_or_none_of_the_layers(cls, given: Any) -> Any:
+        """true and false stay what they were up to version 0.3, and are in all other trainers."""
+        if isinstance(given, dict) and isinstance(given.get("gradient_checkpointing"), bool):
+            return {**given, "gradient_checkpointing": float(given["gradient_checkpointing"])}
+        return given
 
 
 class RunConfig(_Section):

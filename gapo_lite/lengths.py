@@ -76,12 +76,28 @@ def cut(lengths: NDArray[np.int32], max_length: int, max_prompt_length: int) -> 
         max_length: tokens of prompt and response together.
         max_prompt_length: tokens that a prompt keeps in any case.
     """
-    prompt, longest = lengths[:, 0], lengths[:, 1:].max(axis=1, initial=0)
-    kept = np.minimum(prompt, np.maximum(max_length - longest, max_prompt_length))
-    room = max_length - kept
+    kept, room = _kept(lengths, max_length, max_prompt_length)
     fits = room >= 1
     return Cuts(
-        num_prompts_truncated=int((fits & (kept < prompt)).sum()),
-        num_responses_truncated=int((fits & (longest > room)).sum()),
+        num_prompts_truncated=int((fits & (kept < lengths[:, 0])).sum()),
+        num_responses_truncated=int((fits & (lengths[:, 1:].max(axis=1, initial=0) > room)).sum()),
         num_dropped=int((~fits).sum()),
     )
+
+
+def shortened(
+    lengths: NDArray[np.int32], max_length: int, max_prompt_length: int
+) -> NDArray[np.int32]:
+    """(M, 3) the lengths after these limits, of the pairs that are left."""
+    kept, room = _kept(lengths, max_length, max_prompt_length)
+    responses = np.minimum(lengths[:, 1:], room[:, None])
+    return np.column_stack((kept, responses))[room >= 1]
+
+
+def _kept(
+    lengths: NDArray[np.int32], max_length: int, max_prompt_length: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """(N,) tokens that each prompt keeps, and how many there are then for a response."""
+    prompt, longest = lengths[:, 0], lengths[:, 1:].max(axis=1, initial=0)
+    kept = np.minimum(prompt, np.maximum(max_length - longest, max_prompt_length))
+    return kept, max_length - kept

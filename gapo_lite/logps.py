@@ -40,8 +40,9 @@ def pair_logps(
     rows = hidden.flatten(0, 1).index_select(0, batch.predict_index)
     squares = torch.empty(len(rows), device=rows.device) if certainty else None
     token_logps = selected_logps(rows, weight, batch.target_ids, squares)
-    # Not index_add, whose order of addition is random on CUDA.
-    sums = torch.segment_reduce(token_logps, "sum", lengths=batch.lengths)
+    # Not index_add, whose order of addition is random on CUDA; unsafe: lengths are not read back
+    # from the GPU, only to be checked.
+    sums = torch.segment_reduce(token_logps, "sum", lengths=batch.lengths, unsafe=True)
     chosen, rejected = sums.chunk(2)
     chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
     logps = PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
@@ -49,7 +50,7 @@ def pair_logps(
         ref_chosen, ref_rejected = batch.reference.chunk(2)
         logps = replace(logps, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     if squares is not None:
-        means = torch.segment_reduce(squares, "mean", lengths=batch.lengths).chunk(2)
+        means = torch.segment_reduce(squares, "mean", lengths=batch.lengths, unsafe=True).chunk(2)
         logps = replace(logps, chosen_certainty=means[0], rejected_certainty=means[1])
     return logps
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 GIB = 2**30
 _STATUS = Path("/proc/self/status")
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def peak_memory_gib() -> float:
@@ -30,3 +32,12 @@ def peak_resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
     return int(found[1]) * 1024 if found else 0
+
+
+def total_memory_bytes(device: torch.device) -> int:
+    """Memory of the GPU, or what this process may have of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _CGROUP.read_text().strip() if _CGROUP.is_file() else "max"
+    return min(installed, int(limit)) if limit.isdigit() else installed

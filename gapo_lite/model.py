@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -31,6 +33,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gapo_lite.attention import SHARED_PREFIX, placeholder_mask
 from gapo_lite.batching import pack, pad
@@ -140,6 +143,18 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         )
 
 
+def load_model_config(name: str, revision: str | None = None) -> PretrainedConfig:
+    """The shape of a configured model, without its weights.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    with _loading(name):
+        return AutoConfig.from_pretrained(
+            resolve_model(name), revision=revision, trust_remote_code=False
+        )
+
+
 def load_base(
     name: str,
     *,
@@ -161,13 +176,11 @@ def load_base(
     Raises:
         ModelError: it cannot be loaded, or its output head is not a plain linear layer.
     """
-    path = resolve_model(name)
+    config = load_model_config(name, revision)
+    quantize = quantization == "nf4" and not _existing_quantization(name, config)
     with _loading(name):
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-        already = _existing_quantization(name, config)
-        quantize = quantization == "nf4" and not already
         model = AutoModelForCausalLM.from_pretrained(
-            path,
+            resolve_model(name),
             revision=revision,
             dtype=dtype,
             device_map={"": torch.device(device)},
@@ -197,7 +210,6 @@ def add_adapter(
     alpha: int = 32,
     dropout: float = 0.0,
     target_modules: str | list[str] = "all-linear",
-    gradient_checkpointing: bool = False,
     seed: int = 42,
 ) -> PeftModel:
     """A fresh float32 LoRA adapter on `model` (B = 0: it starts as the base model), ready to train.
@@ -213,19 +225,72 @@ def add_adapter(
         target_modules=target_modules,
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():
-        # transformers 5.23 renames gradient to activation checkpointing; 5.17 has only the old name
-        warnings.simplefilter("ignore", FutureWarning)
+    with _quiet_renames():
         try:
             policy = get_peft_model(model, settings)
         except ValueError as error:
             raise ModelError(
                 f"the adapter does not fit: {error} Use lora.target_modules: all-linear."
             ) from None
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
     policy.train()
     return policy
+
+
+def set_recomputation(policy: Policy, share: float) -> None:
+    """Lets a share of the layers, evenly spread, keep only their input in the forward pass and
+    compute the rest again in the backward pass (gradient checkpointing). Gradients stay the same.
+
+    Args:
+        policy: whose layers.
+        share: 0 for none of them, 1 for all.
+
+    Raises:
+        ModelError: the model's layers cannot do that.
+    """
+    causal = causal_model(policy)
+    layers: list[Any] = [m for m in causal.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if share:
+        if not layers or not causal.supports_gradient_checkpointing:
+            raise ModelError(
+                "this model cannot compute its activations again: set "
+                "training.gradient_checkpointing to 0."
+            )
+        with _quiet_renames():
+            causal.gradient_checkpointing_enable({"use_reentrant": False})
+    elif causal.supports_gradient_checkpointing:
+        with _quiet_renames():
+            causal.gradient_checkpointing_disable()
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = int((index + 1) * share) > int(index * share)
+
+
+@contextlib.contextmanager
+def _quiet_renames() -> Iterator[None]:
+    """transformers 5.23 calls it activation checkpointing; 5.17 has only the old name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+@torch.no_grad()
+def dequantize_base(policy: PeftModel) -> None:
+    """Replaces the 4-bit weights by what they stand for, in the arithmetic's type: the same numbers
+    without dequantising in each pass. For training only: what is saved of a policy is its adapter.
+    """
+    causal = causal_model(policy)
+    parents = {
+        name: module for name, module in causal.named_modules() if isinstance(module, Linear4bit)
+    }
+    for name, layer in parents.items():
+        weight: Any = layer.weight
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(
+            dequantize_4bit(weight.data, weight.quant_state).to(layer.compute_dtype),
+            requires_grad=False,
+        )
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias.to(layer.compute_dtype), requires_grad=False)
+        causal.set_submodule(name, plain)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -244,8 +309,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     try:
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             saved = set(file.keys())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # as in add_adapter
+        with _quiet_renames():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             policy = PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
     except (SafetensorError, FileNotFoundError) as error:

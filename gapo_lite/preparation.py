@@ -67,7 +67,7 @@ def prepare(
         GapoError: data or settings cannot be used.
     """
     notes: list[str] = []
-    loaded, train_pairs, heldout_pairs = _load_and_split(config, notes)
+    loaded, train_pairs, heldout_pairs = load_and_split(config, notes)
     with scoring_progress(config.ef.metric, show_progress) as progress:
         train_ef = _score(config, train_pairs, progress, notes)
         heldout_ef = _score(config, heldout_pairs, progress, notes)
@@ -95,9 +95,15 @@ def heldout_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepare
     return heldout
 
 
-def _load_and_split(
+def load_and_split(
     config: RunConfig, notes: list[str]
 ) -> tuple[LoadedPairs, list[PreferencePair], list[PreferencePair]]:
+    """What the sources hold, and the pairs to train on and to hold out; adds to `notes` what a
+    person should know of them.
+
+    Raises:
+        DataError: they cannot be used.
+    """
     data = config.data
     loaded = _load(config, data.source, data.split, notes)
     if data.heldout_source:

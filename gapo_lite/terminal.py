@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from gapo_lite.compare import Comparison, EfGroup
+    from gapo_lite.forecast import Forecast
     from gapo_lite.overview import RunOverview
     from gapo_lite.types import LoadedPairs
 
@@ -190,6 +191,33 @@ def show_runs(rows: Sequence[RunOverview]) -> None:
     for row in rows:
         if row.problem:
             note(f"{row.path} is damaged: {row.problem}")
+
+
+def show_forecast(forecast: Forecast) -> None:
+    """The dials, the memory by what takes it, and the time; says which of it was measured."""
+    plan, work, device, gib = forecast.plan, forecast.work, forecast.device, 2**30
+    dials = plan.dials
+    limits = dials.limits
+    rows = [
+        ("pairs to train on", f"{len(work.lengths):,}"),
+        ("tokens a pair", f"{work.lengths.sum(axis=1).mean():,.0f}"),
+        ("tokens a forward pass, at most", f"{limits.tokens:,}" if limits.tokens else "–"),
+        ("pairs a forward pass, at most", f"{limits.pairs:,}" if limits.pairs else "–"),
+        ("layers computed again", f"{dials.recomputed:.0%}"),
+        ("4-bit weights kept dequantised", "yes" if dials.dequantized else "no"),
+        *((f"memory: {part}", f"{size / gib:.2f} GiB") for part, size in plan.parts.items()),
+        ("memory at the peak", f"{plan.peak / gib:.1f} of {device.memory / gib:.0f} GiB"),
+        ("pairs a second", f"{plan.pairs_per_second:.2f}"),
+        ("tokens a second", f"{plan.tokens_per_second:,.0f}"),
+        ("an optimizer step", f"{plan.step_seconds:.1f} s"),
+        ("the whole run", f"{plan.hours:.2f} h"),
+    ]
+    show_table(("estimated, not measured", forecast.device.name), rows)
+    for name, peak, speed in forecast.measured:
+        note(f"measured in the run {name}: {peak:.1f} GiB, {speed:,.0f} tokens a second.")
+    if not plan.fits:
+        remedy = f"It would with {forecast.advice}." if forecast.advice else "Nothing here helps."
+        note(f"This does not fit. {remedy}")
 
 
 def _run_cells(row: RunOverview) -> list[str]:

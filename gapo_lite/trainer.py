@@ -14,6 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ from torch import distributed
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from gapo_lite.batching import pack, pad
+from gapo_lite.batching import MicroBatchLimits, num_tokens, pack, pad
 from gapo_lite.checkpoints import commit_checkpoint, stage_path
 from gapo_lite.config import ObjectiveConfig
 from gapo_lite.errors import RunError
@@ -61,12 +62,14 @@ class GapoTrainer(Trainer):
 
     Args:
         model: the policy, from `model.add_adapter`.
-        args: the stock arguments; `per_device_train_batch_size` counts pairs.
+        args: the stock arguments; `per_device_train_batch_size` counts pairs, and `limits` cuts
+            them further.
         train_pairs: what to learn from, with their target margins.
         heldout_pairs: what to evaluate on; may be empty.
         objective: what is minimised. Where it compares with the reference, pairs without
             reference log-probabilities cost a forward pass more in every step.
         layout: "packed" or "padded".
+        limits: what goes through the model at once; by default a whole batch of `args` does.
         pad_id: token that fills padded rows.
         run: folder that metrics and checkpoints go to; without one nothing is written.
         keep_checkpoints: how many are kept.
@@ -81,6 +84,7 @@ class GapoTrainer(Trainer):
         *,
         objective: ObjectiveConfig | None = None,
         layout: str = "packed",
+        limits: MicroBatchLimits | None = None,
         pad_id: int = 0,
         run: Run | None = None,
         keep_checkpoints: int = 2,
@@ -89,11 +93,12 @@ class GapoTrainer(Trainer):
         self.run = run
         self.keep_checkpoints = keep_checkpoints
         self.heldout_pairs = list(heldout_pairs)
-        self.splits = 1  # micro-batches are cut into so many parts since memory ran out
+        self.limits = limits or MicroBatchLimits()  # lower once memory has run out
+        self.packed = layout == "packed"
         self.policy = model
         self.pair_loss = PairLoss(objective or ObjectiveConfig())
-        self.collate: Collate = pack if layout == "packed" else partial(pad, pad_id=pad_id)
-        self._step_pairs: list[list[TokenizedPair]] = []  # micro-batches of the step under way
+        self.collate: Collate = pack if self.packed else partial(pad, pad_id=pad_id)
+        self._step_pairs: list[list[TokenizedPair]] = []  # of the step under way
         self._step_sums = torch.zeros(len(MEANS) + 2, dtype=torch.float64, device=args.device)
         # Since the last logged step: MEANS, pairs, tokens.
         self._window_sums = self._step_sums.clone()
@@ -136,31 +141,34 @@ class GapoTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Forward and backward of one micro-batch; if memory runs out, of this step's so far, in
-        halves."""
+        """Forward and backward of a batch, micro-batch by micro-batch; if memory runs out, of this
+        step's so far, in smaller ones."""
         self.policy.train()
         self._step_pairs.append(inputs)
-        try:
-            loss = self._forward_backward(inputs, num_items_in_batch)
-        except torch.OutOfMemoryError as error:
-            oom = str(error)
-        else:
-            self._average_over_processes()
-            return loss
-        return self._redo_in_halves(num_items_in_batch, oom)
+        total = torch.zeros((), device=self.args.device)
+        for indices in self.limits.micro_batches(self._sizes(inputs), packed=self.packed):
+            pairs = [inputs[index] for index in indices]
+            try:
+                total += self._forward_backward(pairs, num_items_in_batch)
+            except torch.OutOfMemoryError as error:
+                oom = str(error)
+            else:
+                continue
+            return self._redo_in_halves(pairs, num_items_in_batch, oom)
+        self._average_over_processes()
+        return total
+
+    def _sizes(self, pairs: Sequence[TokenizedPair]) -> list[int]:
+        return [num_tokens(*pair.lengths, packed=self.packed) for pair in pairs]
 
     def _forward_backward(self, pairs: list[TokenizedPair], num_pairs: int) -> torch.Tensor:
-        total = torch.zeros((), device=self.args.device)
-        size = math.ceil(len(pairs) / self.splits)
-        for start in range(0, len(pairs), size):
-            batch = self.collate(pairs[start : start + size]).to(self.args.device)
-            logps = self.pair_loss.logps(self.policy, batch)
-            output = self.pair_loss(logps, batch.margin)
-            loss = output.losses.sum() / num_pairs  # mean over the pairs of the whole step
-            loss.backward()
-            self._step_sums += _sums(batch, logps, output)
-            total += loss.detach()
-        return total
+        batch = self.collate(pairs).to(self.args.device, non_blocking=True)
+        logps = self.pair_loss.logps(self.policy, batch)
+        output = self.pair_loss(logps, batch.margin)
+        loss = output.losses.sum() / num_pairs  # mean over the pairs of the whole step
+        loss.backward()
+        self._step_sums += _sums(batch, logps, output)
+        return loss.detach()
 
     def _look_at(self, pairs: list[TokenizedPair], *, is_step: bool) -> None:
         self.pair_loss.look_at(
@@ -172,29 +180,34 @@ class GapoTrainer(Trainer):
             is_step=is_step,
         )
 
-    def _redo_in_halves(self, num_pairs: int, oom: str) -> torch.Tensor:
-        """Starts the optimizer step again with smaller forward passes (a broken one may have left
+    def _redo_in_halves(
+        self, too_large: list[TokenizedPair], num_pairs: int, oom: str
+    ) -> torch.Tensor:
+        """Starts the optimizer step again with smaller micro-batches (a broken one may have left
         part gradients)."""
-        largest = max(len(batch) for batch in self._step_pairs)
-        if self.splits >= largest or self.args.world_size > 1:
+        if len(too_large) == 1 or self.args.world_size > 1:
             hint = (
                 "lower data.max_length"
-                if self.splits >= largest
-                else "lower training.micro_batch_size"
+                if len(too_large) == 1
+                else "lower training.micro_batch_tokens or training.micro_batch_size"
             )
             raise RunError(
-                f"out of memory at step {self.state.global_step + 1} with "
-                f"{math.ceil(largest / self.splits)} pair(s) a forward pass: {hint}, or turn on "
-                f"training.gradient_checkpointing. ({oom[:200]})"
+                f"out of memory at step {self.state.global_step + 1} with {len(too_large)} pair(s) "
+                f"a forward pass: {hint}, or set training.gradient_checkpointing to 1. "
+                f"({oom[:200]})"
             )
-        self.splits *= 2
-        size = math.ceil(self.args.per_device_train_batch_size / self.splits)
+        self.limits = self.limits.halved(self._sizes(too_large))
+        key, limit = (
+            ("micro_batch_size", self.limits.pairs)
+            if self.limits.tokens is None
+            else ("micro_batch_tokens", self.limits.tokens)
+        )
         logger.warning(
-            "Out of memory: going on with micro-batches of %d pair(s) and %d accumulation steps "
-            "(the same effective batch; set training.micro_batch_size to %d next time).",
-            size,
-            self.args.gradient_accumulation_steps * self.splits,
-            size,
+            "Out of memory with %d pairs a forward pass: going on with smaller ones (the same "
+            "effective batch; set training.%s to %d next time).",
+            len(too_large),
+            key,
+            limit,
         )
         self.policy.zero_grad()
         self._step_sums.zero_()
@@ -321,7 +334,7 @@ class GapoTrainer(Trainer):
         self.state.save_to_json(str(stage / "trainer_state.json"))
         own = {
             "window": window,
-            "splits": self.splits,
+            "limits": asdict(self.limits),
             "elapsed_s": self.elapsed_seconds(),
             "running_gap": self.pair_loss.running_gap,
             "processes": self.args.world_size,
@@ -346,7 +359,7 @@ class GapoTrainer(Trainer):
             self._window_sums += torch.tensor(
                 own["window"], dtype=torch.float64, device=self.args.device
             )
-        self.splits = own["splits"]
+        self.limits = MicroBatchLimits(**own["limits"])
         self.pair_loss.running_gap = own.get("running_gap", 0.0)  # absent in version 0.3's
         self._seconds_before = own["elapsed_s"]
 
@@ -378,4 +391,4 @@ def _sums(batch: PairBatch, logps: PairLogps, output: LossOutput) -> torch.Tenso
     )
     columns += (chosen_logps, rejected_logps, margin, torch.ones_like(margin))
     sums = torch.stack(columns).double().sum(dim=1)
-    return torch.cat((sums, sums.new_tensor([batch.num_tokens])))
+    return torch.cat((sums, torch.full_like(sums[:1], batch.num_tokens)))

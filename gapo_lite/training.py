@@ -34,14 +34,18 @@ from gapo_lite.checkpoints import (
 from gapo_lite.config import RunConfig, TrainingConfig, settings_difference
 from gapo_lite.errors import ConfigError, GapoError
 from gapo_lite.evaluate import Collate
+from gapo_lite.forecast import settle
 from gapo_lite.model import (
     add_adapter,
+    dequantize_base,
     load_base,
     load_tokenizer,
     pick_device,
     pick_precision,
+    set_recomputation,
     why_not_packed,
 )
+from gapo_lite.plan import Dials
 from gapo_lite.preparation import Prepared, prepare
 from gapo_lite.progress import scoring_progress
 from gapo_lite.records import write_beginnings
@@ -104,12 +108,13 @@ def train(
             checkpoint = _rewound(run) if resume else None
             run.write("status.json", status_record("starting", 0, 0))
         checkpoint = _same_everywhere(checkpoint)
+        dials = _same_everywhere(_dials(config, run, prepared) if state.is_main_process else None)
         callback = RunCallback(
             run, config.training, tokenizer, show_progress and state.is_main_process
         )
         with _failures_recorded(run), callback.progress, stopping_on_signals(callback):
             trainer = _trainer(
-                config, run, prepared, tokenizer, callback, resuming=bool(checkpoint)
+                config, run, prepared, tokenizer, callback, dials, resuming=bool(checkpoint)
             )
             trainer.train(resume_from_checkpoint=checkpoint)
             _finish(trainer, run)
@@ -153,17 +158,29 @@ def _same_everywhere(value: Any) -> Any:
     return broadcast_object_list([value])[0] if PartialState().num_processes > 1 else value
 
 
+def _dials(config: RunConfig, run: Run, prepared: Prepared) -> Dials:
+    """What the configuration leaves open of memory and speed; a resumed run goes on as it began."""
+    known = run.read("plan.json")
+    if known:
+        return Dials.from_json(known["dials"])
+    dials, sentence = settle(config, prepared, processes=PartialState().num_processes)
+    run.write("plan.json", {"dials": dials.to_json(), "in_words": sentence})
+    logger.info("%s", sentence)
+    return dials
+
+
 def _trainer(
     config: RunConfig,
     run: Run,
     prepared: Prepared,
     tokenizer: PreTrainedTokenizerBase,
     callback: RunCallback,
+    dials: Dials,
     *,
     resuming: bool,
 ) -> GapoTrainer:
     device = pick_device()
-    policy = _policy(config, device)
+    policy = _policy(config, device, dials)
     layout = _layout(config, policy)
     set_seed(config.training.seed)
     heldout = prepared.heldout.tokenized.pairs if prepared.heldout else []
@@ -181,6 +198,7 @@ def _trainer(
         heldout,
         objective=config.objective,
         layout=layout,
+        limits=dials.limits,
         pad_id=pad_id,
         run=run,
         keep_checkpoints=config.training.keep_checkpoints,
@@ -215,25 +233,29 @@ def _with_reference(
         )
 
 
-def _policy(config: RunConfig, device: torch.device) -> PeftModel:
-    """The base model with a fresh adapter."""
+def _policy(config: RunConfig, device: torch.device, dials: Dials) -> PeftModel:
+    """The base model with a fresh adapter, ready to train."""
     source: dict[str, Any] = {
         "revision": config.model.revision,
         "quantization": config.model.quantization,
         "dtype": pick_precision(config.model.precision, device),
     }
-    adapter: dict[str, Any] = {
-        **config.lora.model_dump(),
-        "gradient_checkpointing": config.training.gradient_checkpointing,
-        "seed": config.training.seed,
-    }
+    adapter: dict[str, Any] = {**config.lora.model_dump(), "seed": config.training.seed}
     if config.model.backend == "unsloth":
         from gapo_lite.unsloth_backend import load_unsloth_policy
 
         return load_unsloth_policy(
-            config.model.name, max_length=config.data.max_length, **source, **adapter
+            config.model.name,
+            max_length=config.data.max_length,
+            gradient_checkpointing=dials.recomputed > 0,
+            **source,
+            **adapter,
         )
-    return add_adapter(load_base(config.model.name, device=device, **source), **adapter)
+    policy = add_adapter(load_base(config.model.name, device=device, **source), **adapter)
+    set_recomputation(policy, dials.recomputed)
+    if dials.dequantized:
+        dequantize_base(policy)
+    return policy
 
 
 def training_arguments(
@@ -258,9 +280,8 @@ def training_arguments(
         learning_rate=training.learning_rate,
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
-        per_device_train_batch_size=training.micro_batch_size,
+        per_device_train_batch_size=training.batch_size // processes,
         per_device_eval_batch_size=training.eval_batch_size,
-        gradient_accumulation_steps=training.batch_size // (training.micro_batch_size * processes),
         lr_scheduler_type="constant_with_warmup"
         if training.schedule == "constant"
         else training.schedule,
@@ -334,11 +355,10 @@ def _check_reporters(training: TrainingConfig) -> None:
 
 
 def _check_processes(training: TrainingConfig, processes: int) -> None:
-    if training.batch_size % (training.micro_batch_size * processes):
+    if training.batch_size % processes:
         raise ConfigError(
-            f"training.batch_size ({training.batch_size}) must be a multiple of micro_batch_size "
-            "× processes "
-            f"({training.micro_batch_size} × {processes})."
+            f"training.batch_size ({training.batch_size}) must be a multiple of the number of "
+            f"processes ({processes})."
         )
 
 

@@ -110,9 +110,14 @@ class TokenizedPair:
     mismatched: TokenizedPair | None = None
 
     @property
+    def lengths(self) -> tuple[int, int, int]:
+        """Tokens of prompt, chosen and rejected."""
+        return len(self.prompt_ids), len(self.chosen_ids), len(self.rejected_ids)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that the pair costs in the packed layout: prompt + chosen + rejected."""
-        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+        return sum(self.lengths)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from gapo_lite.batching import pack
-from gapo_lite.model import add_adapter, forward_logps
+from gapo_lite.model import add_adapter, forward_logps, set_recomputation
 from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.types import TokenizedPair
 
@@ -162,7 +162,8 @@ def test_counted_operations_are_those_that_pytorch_counts(gpu_8b, checkpointing)
     quantised = gpu_8b.random_base(gpu_8b.TINY, torch.device("cpu"), torch.float32, seed=0)
     base = LlamaForCausalLM(quantised.config).requires_grad_(False)  # 4-bit products are not seen
     base.set_attn_implementation(gpu_8b.SHARED_PREFIX)
-    policy = add_adapter(base, rank=gpu_8b.RANK, gradient_checkpointing=checkpointing)
+    policy = add_adapter(base, rank=gpu_8b.RANK)
+    set_recomputation(policy, float(checkpointing))
     policy.enable_input_require_grads()  # else the first layer spares itself a part
     with FlopCounterMode(display=False) as counter:
         logps = forward_logps(policy, pack(batch))

@@ -9,19 +9,23 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from forging import randomize_adapter
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gapo_lite.batching import pack, pad, tokenize_pairs
 from gapo_lite.errors import ModelError
 from gapo_lite.model import (
     add_adapter,
     causal_model,
+    dequantize_base,
     forward_logps,
     load_adapter,
     load_base,
     resolve_model,
+    set_recomputation,
     why_not_packed,
 )
 from gapo_lite.objectives import OBJECTIVES
@@ -127,14 +131,40 @@ def test_equal_responses_score_equally(tiny):
     assert logps.chosen.item() == pytest.approx(logps.rejected.item(), abs=1e-5)
 
 
-def test_recomputed_activations_give_the_same_gradients(tiny_model, tiny):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shapes", [SHAPES, ((1, 1, 1),), ((3, 5, 5), (1, 40, 1))])
+def test_dequantised_weights_give_the_same_numbers(tiny_model, dtype, shapes):
+    """To the last bit in training; nothing of the 4 bits is left, and the adapter is the same."""
+    policies = [
+        policy_of(load_base(str(tiny_model), quantization="nf4", dtype=dtype)) for _ in range(2)
+    ]
+    names = [name for name, _ in policies[0].named_parameters() if "lora_" in name]
+    dequantize_base(policies[1])
+    assert not any(isinstance(m, Linear4bit) for m in policies[1].modules())
+    assert [name for name, _ in policies[1].named_parameters() if "lora_" in name] == names
+    assert [p.requires_grad for p in policies[1].parameters()].count(True) == len(names)
+    for policy in policies:
+        assert why_not_packed(policy) == ""
+    pairs = random_pairs(*shapes)
+    (loss, gradients), (same_loss, same_gradients) = (
+        loss_and_gradients(policy, [pack(pairs)], len(pairs)) for policy in policies
+    )
+    assert loss == same_loss
+    torch.testing.assert_close(gradients, same_gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("share", "recomputed_layers"),
+    [(0.0, [False, False]), (0.5, [False, True]), (1.0, [True, True])],
+)
+def test_recomputed_activations_give_the_same_gradients(tiny_model, tiny, share, recomputed_layers):
     base = load_base(str(tiny_model), quantization="none", dtype=torch.float32)
-    again = add_adapter(base, rank=4, alpha=8, gradient_checkpointing=True)
+    again = add_adapter(base, rank=4, alpha=8)
     again.load_state_dict(tiny.state_dict())
     assert why_not_packed(again) == ""
-    assert any(
-        m.gradient_checkpointing for m in base.modules() if hasattr(m, "gradient_checkpointing")
-    )
+    set_recomputation(again, share)
+    layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
+    assert [layer.gradient_checkpointing for layer in layers] == recomputed_layers
     pairs = random_pairs(*SHAPES)
     plain, recomputed = (loss_and_gradients(p, [pack(pairs)], 4)[1] for p in (tiny, again))
     torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-7)

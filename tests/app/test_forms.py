@@ -118,7 +118,7 @@ def test_the_command_starts_from_the_nearest_recipe():
         ("margin.gamma", "much", "margin.gamma"),
         ("margin.gamma", float("nan"), "margin.gamma"),
         ("training.batch_size", 2.5, "training.batch_size"),
-        ("training.batch_size", 7, "multiple of micro_batch_size"),
+        ("training.micro_batch_size", 0, "greater than or equal to 1"),
         ("training.gradient_checkpointing", "maybe", "gradient_checkpointing"),
         ("ef.metric", "bleu", "ef.metric"),
         ("model.name", "", "model.name"),
@@ -240,9 +240,19 @@ def test_whole_numbers_may_come_as_decimals():
     assert forms.config_of(changed(training__max_steps=None)).training.max_steps is None
 
 
-def test_the_effective_batch_is_told():
-    config = forms.config_of(changed(training__batch_size=128, training__micro_batch_size=2))
-    assert forms.batch_line(config) == "**128 pairs a step** = 2 at once × 64 accumulated"
+@pytest.mark.parametrize(
+    ("pairs", "tokens", "words"),
+    [
+        (None, None, "as many at once as fit"),
+        (2, None, "at most 2 pairs at once"),
+        (None, 8192, "at most 8,192 tokens at once"),
+        (4, 8192, "at most 4 pairs and 8,192 tokens at once"),
+    ],
+)
+def test_the_effective_batch_is_told(pairs, tokens, words):
+    given = {"training__micro_batch_size": pairs, "training__micro_batch_tokens": tokens}
+    config = forms.config_of(changed(training__batch_size=128, **given))
+    assert forms.batch_line(config) == f"**128 pairs a step**, {words}"
 
 
 @pytest.mark.parametrize(
