@@ -317,6 +317,11 @@ class TrainingConfig(_Section):
     gradient_checkpointing: bool = Field(
         True, description="Recompute activations: less memory, more time."
     )
+    fsdp: bool = Field(
+        False,
+        description="Each GPU holds a share of the base model's layers (FSDP2), for models that "
+        "one cannot hold; under `accelerate launch` only. See docs/scaling.md.",
+    )
     layout: Literal["auto", "packed", "padded"] = Field(
         "auto",
         description="packed: no padding, shared prompts; padded: "

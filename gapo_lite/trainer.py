@@ -111,6 +111,13 @@ class GapoTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Without DDP around the model: the forward pass goes to what is beneath it, gradients are
+        summed here, and it refuses sharded weights."""
+        super().create_accelerator_and_postprocess()
+        prepare: Any = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        self.accelerator.prepare_model = prepare
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """On resume the stock epoch steps before it looks whether the last step is done."""
         if self.state.global_step >= self.state.max_steps:
