@@ -335,6 +335,11 @@ class TrainingConfig(_Section):
         description="Share of the layers that compute their activations again in the backward "
         "pass: 1 takes the least memory, 0 the least time. Empty: what fits the memory.",
     )
+    fsdp: bool = Field(
+        False,
+        description="Each GPU holds a share of the base model's layers (FSDP2), for models that "
+        "one cannot hold; under `accelerate launch` only. See docs/scaling.md.",
+    )
     layout: Literal["auto", "packed", "padded"] = Field(
         "auto",
         description="packed: no padding, shared prompts; padded: "

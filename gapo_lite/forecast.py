@@ -102,6 +102,7 @@ def settle(config: RunConfig, prepared: Prepared, *, processes: int = 1) -> tupl
         sizes_of(heldout),
         batch_size=config.training.batch_size // processes,
         packed=_is_packed(config),
+        shards=processes if config.training.fsdp else 1,
     )
     device = this_device(config, measure=False)
     model_config = load_model_config(config.model.name, config.model.revision)

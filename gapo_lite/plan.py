@@ -147,12 +147,14 @@ class Workload:
         heldout: (M, 3) of the held-out pairs.
         batch_size: pairs an optimizer step on this device.
         packed: layout.
+        shards: processes that share the layers' weights.
     """
 
     lengths: NDArray[np.int64]
     heldout: NDArray[np.int64]
     batch_size: int
     packed: bool = True
+    shards: int = 1
 
     def sizes(self) -> list[int]:
         """Tokens of each pair through the model."""
@@ -214,7 +216,9 @@ def plans_for(
         limits = [MicroBatchLimits(tokens=budget) for budget in TOKEN_BUDGETS]
     share = training.gradient_checkpointing
     recomputed = RECOMPUTED if share is None else (share,)
-    can_dequantize = model.quantization == "nf4" and model.backend != "unsloth"
+    can_dequantize = (
+        model.quantization == "nf4" and model.backend != "unsloth" and not training.fsdp
+    )
     caches = {"auto": (False, True), "always": (True,), "never": (False,)}[model.dequantized_cache]
     # How micro-batches are filled depends on their limits alone, and takes most of the time.
     filled = {limit: _micro_batches(work, limit, config.training.seed) for limit in limits}
@@ -258,7 +262,13 @@ def _plan(
     passes, (tokens, rows) = filled
     shares = SHARES[device.is_cpu]
     parts = memory_parts(
-        shape, dials, tokens, rows, quantized=config.model.quantization == "nf4", device=device
+        shape,
+        dials,
+        tokens,
+        rows,
+        quantized=config.model.quantization == "nf4",
+        device=device,
+        shards=work.shards,
     )
     step, evaluation = _seconds(shape, work, device, dials, passes)
     training = config.training
@@ -283,7 +293,14 @@ def _plan(
 
 
 def memory_parts(
-    shape: ModelShape, dials: Dials, tokens: int, rows: int, *, quantized: bool, device: Device
+    shape: ModelShape,
+    dials: Dials,
+    tokens: int,
+    rows: int,
+    *,
+    quantized: bool,
+    device: Device,
+    shards: int = 1,
 ) -> dict[str, float]:
     """Bytes at the peak of a training step.
 
@@ -294,6 +311,7 @@ def memory_parts(
         rows: of it that predict a scored token.
         quantized: whether the base is in NF4.
         device: where.
+        shards: processes that share the layers' weights.
     """
     item = shape.item_bytes
     weight = NF4_BYTES if quantized and not dials.dequantized else item
@@ -305,7 +323,7 @@ def memory_parts(
     largest = max(n * m for n, m in shape.linear) * item if weight == NF4_BYTES else 0
     return {
         "libraries and driver": SHARES[device.is_cpu].held,
-        "weights": shape.linear_params * weight + shape.other_params * item,
+        "weights": shape.linear_params * weight / shards + shape.other_params * item,
         "adapter and optimizer": shape.adapter_params * 16,
         "activations": tokens * shape.layers * kept,
         "head": 3 * rows * shape.hidden * item + tokens * shape.hidden * item,
@@ -322,16 +340,20 @@ def _seconds(
     pairs = min(work.batch_size, len(work.lengths))
     mean = work.lengths.mean(axis=0)
     padding = np.mean(work.sizes()) / mean.sum()
-    flops = float(np.mean(shape.flops(*work.lengths.T, recomputed=dials.recomputed)))
+    flops = float(np.mean(shape.flops(*_columns(work.lengths), dials.recomputed)))
     moved = mean.sum() * shape.layers * shape.activation_bytes
     moved *= shares.passes_over_activations * (1 + dials.recomputed / 3)
     once = 0.0 if dials.dequantized else shape.linear_params * (NF4_BYTES + shape.item_bytes)
     step = pairs * padding * (flops / rate + moved / bandwidth)
     each_pass = once / bandwidth + shape.layers * shares.layer_seconds
     step += passes * (2 + dials.recomputed) * each_pass
-    forward = np.sum(shape.forward_flops(*work.heldout.T)) / rate
+    forward = np.sum(shape.forward_flops(*_columns(work.heldout))) / rate
     forward += work.heldout.sum() * shape.layers * shape.activation_bytes * 2 / bandwidth
     return float(step), float(forward)
+
+
+def _columns(lengths: NDArray[np.int64]) -> tuple[Any, Any, Any]:
+    return lengths[:, 0], lengths[:, 1], lengths[:, 2]
 
 
 def advice(config: RunConfig, shape: ModelShape, work: Workload, device: Device) -> str:

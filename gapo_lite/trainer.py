@@ -116,6 +116,13 @@ class GapoTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Without DDP around the model: the forward pass goes to what is beneath it, gradients are
+        summed here, and it refuses sharded weights."""
+        super().create_accelerator_and_postprocess()
+        prepare: Any = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        self.accelerator.prepare_model = prepare
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """On resume the stock epoch steps before it looks whether the last step is done."""
         if self.state.global_step >= self.state.max_steps:
@@ -146,7 +153,7 @@ class GapoTrainer(Trainer):
         self.policy.train()
         self._step_pairs.append(inputs)
         total = torch.zeros((), device=self.args.device)
-        for indices in self.limits.micro_batches(self._sizes(inputs), packed=self.packed):
+        for indices in self._cut(self._sizes(inputs)):
             pairs = [inputs[index] for index in indices]
             try:
                 total += self._forward_backward(pairs, num_items_in_batch)
@@ -157,6 +164,20 @@ class GapoTrainer(Trainer):
             return self._redo_in_halves(pairs, num_items_in_batch, oom)
         self._average_over_processes()
         return total
+
+    def _cut(self, sizes: list[int]) -> list[list[int]]:
+        """The micro-batches, of which all processes have equally many: where the base is sharded,
+        each pass waits for all of them."""
+        cut = self.limits.micro_batches(sizes, packed=self.packed)
+        if self.args.world_size == 1:
+            return cut
+        most = torch.tensor(len(cut), device=self.args.device)
+        distributed.all_reduce(most, distributed.ReduceOp.MAX)
+        while len(cut) < int(most):
+            cut.sort(key=len)
+            largest = cut.pop()
+            cut += [largest[::2], largest[1::2]]
+        return cut
 
     def _sizes(self, pairs: Sequence[TokenizedPair]) -> list[int]:
         return [num_tokens(*pair.lengths, packed=self.packed) for pair in pairs]

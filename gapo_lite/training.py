@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,6 +60,7 @@ from gapo_lite.runs import (
     remove_run,
     telling_disk_errors,
 )
+from gapo_lite.sharding import shard_base
 from gapo_lite.trainer import GapoTrainer
 from gapo_lite.types import TokenizedPair
 
@@ -90,8 +92,12 @@ def train(
             nothing behind.
     """
     _check_reporters(config.training)
-    state = PartialState(cpu=not torch.cuda.is_available())  # else CPU processes go unnoticed
-    _check_processes(config.training, state.num_processes)
+    state = PartialState(
+        cpu=not torch.cuda.is_available(),  # else CPU processes go unnoticed
+        # The others wait while one process computes the reference; sharded, all compute it.
+        timeout=None if config.training.fsdp else timedelta(days=1),
+    )
+    check_launch(config, state.num_processes)
     run = _resumed_run(config, resume, Path(runs_dir)) if resume else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_gpu_lease())
@@ -181,6 +187,8 @@ def _trainer(
 ) -> GapoTrainer:
     device = pick_device()
     policy = _policy(config, device, dials)
+    if config.training.fsdp:
+        shard_base(policy)
     layout = _layout(config, policy)
     set_seed(config.training.seed)
     heldout = prepared.heldout.tokenized.pairs if prepared.heldout else []
@@ -218,8 +226,10 @@ def _with_reference(
     is not to be computed in every step."""
     if config.objective.reference != "cached" or not pairs:
         return pairs
+    # Sharded, all compute it together; else the others find it in the cache.
+    first = contextlib.nullcontext if config.training.fsdp else PartialState().main_process_first
     with (
-        PartialState().main_process_first(),  # the others find it in the cache
+        first(),
         scoring_progress("by the reference", show_progress) as progress,
     ):
         return with_reference(
@@ -354,11 +364,50 @@ def _check_reporters(training: TrainingConfig) -> None:
         )
 
 
-def _check_processes(training: TrainingConfig, processes: int) -> None:
+def check_launch(config: RunConfig, processes: int) -> None:
+    """Whether so many processes, started as they were, can train with these settings.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    training = config.training
+    for engine in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
+            raise ConfigError(
+                f"accelerate launch was told to use {engine}, whose wrapper the training step does "
+                "not go through. Launch with configs/accelerate/data_parallel.yaml; for a model "
+                "that one GPU cannot hold, set training.fsdp to true."
+            )
+    if training.fsdp:
+        _check_fsdp(config, processes)
     if training.batch_size % processes:
         raise ConfigError(
             f"training.batch_size ({training.batch_size}) must be a multiple of the number of "
             f"processes ({processes})."
+        )
+
+
+def _check_fsdp(config: RunConfig, processes: int) -> None:
+    """Refuses what one process alone would do with the model: the others would never follow."""
+    if processes == 1:
+        raise ConfigError(
+            "training.fsdp shards the model over several processes, and there is one: start with "
+            "`accelerate launch --config_file configs/accelerate/data_parallel.yaml "
+            "--num_processes N -m gapo_lite train …`, or set it to false."
+        )
+    if config.training.sample_prompts:
+        raise ConfigError(
+            "training.sample_prompts are answered by one process, which cannot run a sharded "
+            "model alone: remove them, or set training.fsdp to false."
+        )
+    if config.model.backend == "unsloth":
+        raise ConfigError(
+            "training.fsdp does not work with model.backend: unsloth. Use transformers."
+        )
+    if config.model.dequantized_cache == "always":
+        raise ConfigError(
+            "training.fsdp shards the 4-bit weights, which then cannot be kept dequantised: set "
+            "model.dequantized_cache to auto or never."
         )
 
 

@@ -9,7 +9,9 @@ from gapo_lite.config import RunConfig, load_config, parse_config, setting_keys,
 from gapo_lite.errors import ConfigError
 from gapo_lite.objectives import OBJECTIVES
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+RECIPES = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(RECIPES.glob("*.yaml"))
+SEVERAL_GPUS = sorted(RECIPES.glob("accelerate/llama*.yaml"))
 
 
 def message_of(settings, overrides=()):
@@ -18,12 +20,12 @@ def message_of(settings, overrides=()):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *SEVERAL_GPUS], ids=lambda path: path.stem)
 def test_every_recipe_loads_and_opens_with_its_purpose_and_command(path):
     load_config(path)
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")
-    assert f"configs/{path.name}" in text or "make demo" in text
+    assert f"configs/{path.relative_to(RECIPES)}" in text or "make demo" in text
     assert "measured" in text
 
 

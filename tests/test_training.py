@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,12 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from gapo_lite import loss as loss_module
 from gapo_lite.checkpoints import list_checkpoints, verify_checkpoint
-from gapo_lite.config import parse_config
+from gapo_lite.config import load_config, parse_config
 from gapo_lite.errors import ConfigError, DataError, ModelError, RunError
 from gapo_lite.run_callback import RunCallback
 from gapo_lite.runs import Run, list_runs
 from gapo_lite.trainer import GapoTrainer
-from gapo_lite.training import training_arguments
+from gapo_lite.training import check_launch, training_arguments
+
+LAUNCH = Path(__file__).parents[1] / "configs" / "accelerate" / "data_parallel.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -468,6 +471,7 @@ def test_the_same_folder_is_never_trained_twice_at_once(tiny_settings, tmp_path)
         (["model.name=no/such-model"], ModelError, "no/such-model"),
         (["training.report_to=[wandb]"], ConfigError, "pip install wandb"),
         (["lora.target_modules=[nothing]"], ModelError, "all-linear"),
+        (["training.fsdp=true"], ConfigError, "accelerate launch.*num_processes N"),
         (["data.max_length=8", "data.max_prompt_length=8"], DataError, "max_length"),
     ],
 )
@@ -478,44 +482,89 @@ def test_bad_input_leaves_no_run_behind(tiny_settings, tmp_path, overrides, erro
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_two_processes_under_accelerate_launch_train_as_one(tiny_settings, tmp_path):
-    plain = settings_with(tiny_settings, lora={"dropout": 0.0})
-    config = tmp_path / "tiny.yaml"
-    config.write_text(parse_config(plain).to_yaml())
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes=2",
-        "--num_machines=1",
-    ]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    command = [
-        *launch,
-        "-m",
-        "gapo_lite",
-        "train",
-        str(config),
-        "--name=two",
-        f"--runs-dir={tmp_path}",
-    ]
+def launched(*arguments: object) -> None:
+    """Two CPU processes with the launch file that ships."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={LAUNCH}"]
     done = subprocess.run(
-        command,
+        [*launch, "--num_processes=2", "-m", "gapo_lite", "train", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+SHARDED = {
+    "objective": {"name": "dpo"},
+    "training": {
+        "fsdp": True,
+        "gradient_checkpointing": 0.5,
+        "micro_batch_size": None,
+        "micro_batch_tokens": 150,  # the two processes fill theirs differently
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sections", [{}, SHARDED], ids=["data-parallel", "fsdp"])
+def test_two_processes_under_accelerate_launch_train_as_one(tiny_settings, tmp_path, sections):
+    plain = settings_with(tiny_settings, lora={"dropout": 0.0})
+    config = tmp_path / "tiny.yaml"
+    config.write_text(parse_config(settings_with(plain, **sections)).to_yaml())
+    launched(config, "--name=two", f"--runs-dir={tmp_path}")
     assert (tmp_path / "two" / "checkpoints" / "checkpoint-12" / "random-1.json").is_file()
-    single, double = run_of(plain, tmp_path, name="one"), Run(tmp_path / "two")
+    alone = settings_with(plain, objective=sections.get("objective", {}))
+    single, double = run_of(alone, tmp_path, name="one"), Run(tmp_path / "two")
     assert [row["step"] for row in double.metrics()] == [row["step"] for row in single.metrics()]
     for ours, theirs in zip(numbers(double), numbers(single), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-3)
     ours, theirs = (
         load_file(run.adapter / "adapter_model.safetensors") for run in (double, single)
     )
+    assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
     assert json.loads((double.path / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_sharded_run_resumed_equals_the_uninterrupted_one(tiny_settings, tmp_path):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(parse_config(settings_with(tiny_settings, **SHARDED)).to_yaml())
+    launched(config, "--name=cut", f"--runs-dir={tmp_path}")
+    run = Run(tmp_path / "cut")
+    whole, rows = (run.adapter / "adapter_model.safetensors").read_bytes(), numbers(run)
+    shutil.rmtree(run.checkpoints / "checkpoint-12")
+    run.write("status.json", {**run.read("status.json"), "state": "running"})
+    launched("--resume", run.path)
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == whole
+    assert numbers(run) == rows
+
+
+def test_the_recipe_for_70b_fits_2_4_and_8_gpus():
+    config = load_config(LAUNCH.with_name("llama3-70b-gapo-rougel.yaml"))
+    assert config.training.fsdp
+    for processes in (2, 4, 8):
+        check_launch(config, processes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["training.sample_prompts=[Why]"], "sample_prompts are answered by one process"),
+        (["model.backend=unsloth"], "does not work with model.backend: unsloth"),
+        (["model.dequantized_cache=always"], "cannot be kept dequantised"),
+        (["training.batch_size=7"], "must be a multiple of the number of processes"),
+    ],
+)
+def test_what_a_sharded_model_cannot_do_is_refused(tiny_settings, overrides, says):
+    config = parse_config(tiny_settings, ["training.fsdp=true", *overrides])
+    with pytest.raises(ConfigError, match=says):
+        check_launch(config, 2)
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_engines_that_wrap_the_model_are_refused(tiny_settings, monkeypatch, engine):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ConfigError, match=f"use {engine}.*training.fsdp to true"):
+        check_launch(parse_config(tiny_settings), 2)
