@@ -59,8 +59,10 @@ class ModelConfig(_Section):
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Arithmetic: auto is bfloat16 where the hardware has it, else float32."
     )
-    backend: Literal["transformers", "unsloth"] = Field(
-        "transformers", description="Who loads the model; unsloth needs requirements-unsloth.txt."
+    backend: Literal["transformers", "liger", "unsloth"] = Field(
+        "transformers",
+        description="Whose layers train: liger's and unsloth's are fused GPU kernels, from "
+        "requirements-liger.txt and -unsloth.txt. What reads a finished run takes transformers.",
     )
 
 

@@ -233,7 +233,13 @@ def _policy(config: RunConfig, device: torch.device) -> PeftModel:
         return load_unsloth_policy(
             config.model.name, max_length=config.data.max_length, **source, **adapter
         )
-    return add_adapter(load_base(config.model.name, device=device, **source), **adapter)
+    if config.model.backend == "liger":
+        from gapo_lite.liger_backend import load_liger_base
+
+        base = load_liger_base(config.model.name, device=device, **source)
+    else:
+        base = load_base(config.model.name, device=device, **source)
+    return add_adapter(base, **adapter)
 
 
 def training_arguments(
