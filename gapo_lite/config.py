@@ -64,8 +64,10 @@ class ModelConfig(_Section):
         description="Keep the 4-bit weights dequantised while training: same numbers, less time, "
         "three to four times the weights' memory. auto: where it fits.",
     )
-    backend: Literal["transformers", "unsloth"] = Field(
-        "transformers", description="Who loads the model; unsloth needs requirements-unsloth.txt."
+    backend: Literal["transformers", "liger", "unsloth"] = Field(
+        "transformers",
+        description="Whose layers train: liger's and unsloth's are fused GPU kernels, from "
+        "requirements-liger.txt and -unsloth.txt. What reads a finished run takes transformers.",
     )
 
 

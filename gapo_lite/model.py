@@ -1,7 +1,7 @@
 """The policy: a base model in 4 bits with a LoRA adapter, and its forward pass over pairs.
 
-How models are loaded is known here and in unsloth_backend.py only. The reference model is this one
-with its adapter disabled, never a second copy.
+How models are loaded is known here, in liger_backend.py and in unsloth_backend.py only. The
+reference model is this one with its adapter disabled, never a second copy.
 """
 
 from __future__ import annotations

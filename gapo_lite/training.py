@@ -261,7 +261,13 @@ def _policy(config: RunConfig, device: torch.device, dials: Dials) -> PeftModel:
             **source,
             **adapter,
         )
-    policy = add_adapter(load_base(config.model.name, device=device, **source), **adapter)
+    if config.model.backend == "liger":
+        from gapo_lite.liger_backend import load_liger_base
+
+        base = load_liger_base(config.model.name, device=device, **source)
+    else:
+        base = load_base(config.model.name, device=device, **source)
+    policy = add_adapter(base, **adapter)
     set_recomputation(policy, dials.recomputed)
     if dials.dequantized:
         dequantize_base(policy)
