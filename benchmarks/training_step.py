@@ -42,6 +42,7 @@ from gapo_lite.data import load_pairs
 from gapo_lite.memory import GIB, peak_resident_bytes
 from gapo_lite.model import (
     add_adapter,
+    dequantize_base,
     load_base,
     load_tokenizer,
     pick_precision,
@@ -107,12 +108,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    layouts = ("packed", "padded")
+    layouts = ("packed", "padded", "dequantized")
     add("--rounds", type=int, default=3, help="turns that each contender gets")
     add("--steps", type=int, default=6, help="timed steps of a turn")
     add("--warmup", type=int, default=1, help="steps before them that are not timed")
     add("--micro-batch", type=int, nargs="+", default=[2], help="pairs a step; several: a sweep")
-    add("--layout", nargs="+", choices=layouts, default=["packed"], help="of our batches")
+    add(
+        "--layout",
+        nargs="+",
+        choices=layouts,
+        default=["packed", "dequantized"],
+        help="of our batches; dequantized is packed with the 4-bit weights kept dequantised",
+    )
     add("--max-length", type=int, default=1024, help="tokens of prompt and response")
     add("--gradient-checkpointing", action="store_true", help="for both contenders")
     add("--precision", choices=("auto", "bfloat16", "float32"), default="auto")
@@ -144,7 +151,8 @@ def measure(contender: str, options: argparse.Namespace) -> dict[str, Any]:
     """Trains `warmup + steps` steps and says what they took.
 
     Args:
-        contender: "trl", or a layout of ours.
+        contender: "trl", or a layout of ours; "dequantized" is packed with weights dequantised
+            beforehand.
         options: of the command line, with one micro-batch size.
     """
     disable_progress_bars()
@@ -167,7 +175,10 @@ def measure(contender: str, options: argparse.Namespace) -> dict[str, Any]:
             trainer = _cpo_trainer(policy, tokenizer, pairs, arguments, options)
             used = [_ids(row) for row in trainer.train_dataset]
         else:
-            trainer = _gapo_trainer(policy, tokenizer, tokens, arguments, contender, options)
+            if contender == "dequantized":
+                dequantize_base(policy)
+            layout = "padded" if contender == "padded" else "packed"
+            trainer = _gapo_trainer(policy, tokenizer, tokens, arguments, layout, options)
             used = [(p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in tokens]
         clock, count = common.StepClock(options.warmup), common.TokenCount(policy)
         trainer.add_callback(clock)

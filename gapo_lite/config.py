@@ -61,8 +61,8 @@ class ModelConfig(_Section):
     )
     dequantized_cache: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Keep the 4-bit weights dequantised while training: same numbers, less time, "
-        "three to four times the weights' memory. auto: where it fits.",
+        description="Keep the 4-bit weights dequantised while training: same numbers, less time "
+        "on a GPU, three to four times the weights' memory. auto: where a GPU has room.",
     )
     backend: Literal["transformers", "liger", "unsloth"] = Field(
         "transformers",

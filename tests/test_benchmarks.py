@@ -72,14 +72,16 @@ def test_the_training_step_is_measured_beside_trl_and_both_compute_the_same_loss
     training_step_result,
 ):
     screen, result = training_step_result
-    trl, packed = result["measurements"]
-    assert (trl["contender"], packed["contender"]) == ("trl", "packed")
-    assert packed["tokens_per_pair"] < trl["tokens_per_pair"]
-    for row in (trl, packed):
+    trl, packed, dequantized = result["measurements"]
+    names = [row["contender"] for row in result["measurements"]]
+    assert names == ["trl", "packed", "dequantized"]
+    assert packed["tokens_per_pair"] == dequantized["tokens_per_pair"] < trl["tokens_per_pair"]
+    assert packed["first_loss"] == dequantized["first_loss"]
+    for row in (trl, packed, dequantized):
         assert row["pairs_per_second"] == pytest.approx(2 / sum(row["step_seconds"]))
         assert row["above_model_gib"] < row["peak_gib"]
-    (ratio,) = result["ratios"]
-    assert ratio["pairs_with_other_tokens"] == 0
+    ratio, of_dequantized = result["ratios"]
+    assert ratio["pairs_with_other_tokens"] == of_dequantized["pairs_with_other_tokens"] == 0
     assert abs(ratio["first_loss_difference"]) < 1e-3
     assert ratio["peak_gib"]["rounds"] == [packed["peak_gib"] / trl["peak_gib"]]
     assert result["machine"]["torch"] == torch.__version__
@@ -92,7 +94,7 @@ def test_the_padded_ablation_reads_as_many_tokens_as_trl_and_has_its_loss(
     training_step = imported("training_step")
     options = training_step._options([str(value) for value in tiny_options])
     padded = training_step.measure("padded", options)
-    trl, _ = training_step_result[1]["measurements"]
+    trl, *_ = training_step_result[1]["measurements"]
     assert padded["tokens_per_pair"] == trl["tokens_per_pair"]
     assert padded["first_loss"] == pytest.approx(trl["first_loss"], abs=1e-3)
 

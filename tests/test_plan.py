@@ -8,17 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import REAL_DATA, ROOT
 from forging import numbers, run_of, settings_with
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from gapo_lite import cli, shape
-from gapo_lite.batching import MicroBatchLimits
-from gapo_lite.config import LoraConfig, parse_config
+from gapo_lite.batching import MicroBatchLimits, tokenize_pairs
+from gapo_lite.config import LoraConfig, load_config, parse_config
+from gapo_lite.data import load_pairs
 from gapo_lite.errors import ConfigError, ModelError
 from gapo_lite.forecast import device_named, forecast
 from gapo_lite.memory import GIB
-from gapo_lite.plan import GPUS, Dials, Workload, advice, best_plan, memory_parts
+from gapo_lite.model import load_model_config, load_tokenizer
+from gapo_lite.plan import GPUS, Device, Dials, Workload, advice, best_plan, memory_parts, sizes_of
 from gapo_lite.shape import shape_of
 
 LLAMA_3_8B = LlamaConfig(
@@ -163,6 +166,49 @@ def test_less_memory_never_makes_it_faster(llama, work):
     assert plans[1].dials.recomputed == 1.0
     assert plans[-1].dials.recomputed == 0.0
     assert plans[-1].dials.dequantized
+
+
+RATE_THEN = 9.4e11
+"""FLOP/s of a 1,024³ matrix product on the machine of both results, on the day they were made."""
+
+
+@pytest.mark.parametrize("benchmark", ["objectives", "training_step"])
+def test_what_was_measured_on_a_cpu_is_met_within_a_tenth(benchmark):
+    """2 CPU cores, bfloat16: the demo's 8 short pairs at once, and 2 long real ones."""
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{benchmark}.json").read_text())
+    if benchmark == "objectives":
+        pairs = _tokenized("embedded:everyday", 512, 256)
+        config, at_once = load_config(ROOT / "configs" / "demo.yaml"), 8
+        row = result["objectives"]["gapo"]
+        speed, peak = 1 / row["seconds_a_pair"], row["memory_gib"]
+    else:
+        data = REAL_DATA / "alpaca_pairs_train.jsonl.gz"
+        if not data.is_file():
+            pytest.skip(f"real preference pairs are not on this machine: {data}")
+        order = np.random.default_rng(result["settings"]["seed"]).permutation(2586)
+        pairs = _tokenized(str(data), 1024, 1023, order[:14])
+        config, at_once = parse_config({"training": {"gradient_checkpointing": 0}}), 2
+        rows = [r for r in result["measurements"] if r["contender"] == "packed"]
+        speed = np.median([r["pairs_per_second"] for r in rows])
+        peak = np.median([r["peak_gib"] for r in rows])
+    lengths = sizes_of(pairs)
+    work = Workload(lengths, lengths[:0], batch_size=at_once)
+    config = parse_config(
+        config.model_dump(exclude={"margin", "objective"}), [f"training.micro_batch_size={at_once}"]
+    )
+    model_config = load_model_config(config.model.name)
+    counted = shape_of(model_config, config.lora, torch.bfloat16)
+    device = Device("2 cores", 24 * GIB, RATE_THEN, 1e10, is_cpu=True)
+    plan = best_plan(config, counted, work, device)
+    assert plan.peak / GIB == pytest.approx(peak, rel=0.1)
+    assert plan.pairs_per_second == pytest.approx(speed, rel=0.1)
+
+
+def _tokenized(source, max_length, max_prompt_length, order=None):
+    pairs = load_pairs(source).pairs
+    picked = pairs if order is None else [pairs[index] for index in order]
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    return tokenize_pairs(picked, load_tokenizer("embedded:smollm2-135m-instruct"), **limits).pairs
 
 
 def test_what_is_set_is_kept(llama, work):

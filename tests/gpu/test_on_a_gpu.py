@@ -12,9 +12,16 @@ from liger_parity import measure
 
 from gapo_lite import attention
 from gapo_lite.batching import pack, pad
-from gapo_lite.config import parse_config
+from gapo_lite.config import ObjectiveConfig, parse_config
 from gapo_lite.errors import RunError
-from gapo_lite.model import add_adapter, forward_logps, load_base, why_not_packed
+from gapo_lite.loss import PairLoss
+from gapo_lite.model import (
+    add_adapter,
+    dequantize_base,
+    forward_logps,
+    load_base,
+    why_not_packed,
+)
 from gapo_lite.runs import device_lease
 from gapo_lite.training import train
 from gapo_lite.types import TokenizedPair
@@ -65,9 +72,51 @@ def test_packed_equals_padded_within_bfloat16_rounding(policy):
     assert torch.nn.functional.cosine_similarity(grads, expected_grads, dim=0) > 0.999
 
 
-def test_a_run_on_the_gpu_resumes_exactly(tiny_settings, tmp_path):
+def test_dequantised_weights_give_the_same_numbers(policy, tiny_model):
+    expected_logps, expected_grads = logps_and_gradients(policy, pack(random_pairs()))
+    base = load_base(str(tiny_model), quantization="nf4", dtype=torch.bfloat16, device="cuda")
+    other = add_adapter(base, rank=8)
+    other.load_state_dict(policy.state_dict(), strict=False)
+    dequantize_base(other)
+    assert why_not_packed(other) == ""
+    logps, grads = logps_and_gradients(other, pack(random_pairs()))
+    torch.testing.assert_close(logps, expected_logps, rtol=2e-2, atol=2e-2)
+    assert torch.nn.functional.cosine_similarity(grads, expected_grads, dim=0) > 0.999
+
+
+def test_a_pass_never_waits_for_the_gpu(policy):
+    """The host may run ahead: no synchronisation from the batch's way to the GPU to its gradient
+    (the pairs' loss is left on the GPU, too)."""
+    loss = PairLoss(ObjectiveConfig())
+    logps_and_gradients(policy, pack(random_pairs()))  # kernels are loaded
+    batch = pack(random_pairs())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_gpu = batch.to("cuda", non_blocking=True)
+        loss(loss.logps(policy, on_gpu), on_gpu.margin).losses.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+LEVERS = {
+    "plain": {"micro_batch_size": 2},
+    "all": {"micro_batch_size": None, "micro_batch_tokens": 200, "gradient_checkpointing": 0.5},
+}
+
+
+@pytest.mark.parametrize("levers", LEVERS)
+def test_a_run_on_the_gpu_resumes_exactly(tiny_settings, tmp_path, levers):
     """As if it had been killed after step 10: the checkpoint of step 12 is gone."""
-    settings = {**tiny_settings, "model": {**tiny_settings["model"], "precision": "auto"}}
+    settings = {
+        **tiny_settings,
+        "model": {
+            **tiny_settings["model"],
+            "precision": "auto",
+            "dequantized_cache": "always" if levers == "all" else "never",
+        },
+        "training": {**tiny_settings["training"], **LEVERS[levers]},
+    }
     whole, run = (
         train(parse_config(settings), runs_dir=tmp_path, name=name, show_progress=False)
         for name in ("whole", "cut")
