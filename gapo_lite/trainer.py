@@ -380,7 +380,8 @@ class GapoTrainer(Trainer):
             self._window_sums += torch.tensor(
                 own["window"], dtype=torch.float64, device=self.args.device
             )
-        self.limits = MicroBatchLimits(**own["limits"])
+        if "limits" in own:  # not in version 0.3's
+            self.limits = MicroBatchLimits(**own["limits"])
         self.pair_loss.running_gap = own.get("running_gap", 0.0)  # absent in version 0.3's
         self._seconds_before = own["elapsed_s"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REAL_DATA, ROOT
 from forging import numbers, run_of, settings_with
 from transformers import LlamaConfig
 from typer.testing import CliRunner
@@ -24,6 +24,7 @@ from gapo_lite.model import load_model_config, load_tokenizer
 from gapo_lite.plan import GPUS, Device, Dials, Workload, advice, best_plan, memory_parts, sizes_of
 from gapo_lite.shape import shape_of
 
+ROOT = Path(__file__).resolve().parents[1]
 LLAMA_3_8B = LlamaConfig(
     hidden_size=4096,
     num_hidden_layers=32,
@@ -182,7 +183,7 @@ def test_what_was_measured_on_a_cpu_is_met_within_a_tenth(benchmark):
         row = result["objectives"]["gapo"]
         speed, peak = 1 / row["seconds_a_pair"], row["memory_gib"]
     else:
-        data = REAL_DATA / "alpaca_pairs_train.jsonl.gz"
+        data = ROOT.parent / "shared" / "data" / "alpaca_pairs_train.jsonl.gz"
         if not data.is_file():
             pytest.skip(f"real preference pairs are not on this machine: {data}")
         order = np.random.default_rng(result["settings"]["seed"]).permutation(2586)
@@ -200,8 +201,12 @@ def test_what_was_measured_on_a_cpu_is_met_within_a_tenth(benchmark):
     counted = shape_of(model_config, config.lora, torch.bfloat16)
     device = Device("2 cores", 24 * GIB, RATE_THEN, 1e10, is_cpu=True)
     plan = best_plan(config, counted, work, device)
-    assert plan.peak / GIB == pytest.approx(peak, rel=0.1)
     assert plan.pairs_per_second == pytest.approx(speed, rel=0.1)
+    if benchmark == "training_step":  # takes pairs in their order: the longest never meet
+        steps = [lengths[start : start + 2] for start in range(0, len(lengths), 2)]
+        met = max(steps, key=lambda step: step.sum())
+        plan = best_plan(config, counted, replace(work, lengths=met), device)
+    assert plan.peak / GIB == pytest.approx(peak, rel=0.1)
 
 
 def _tokenized(source, max_length, max_prompt_length, order=None):

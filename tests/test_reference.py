@@ -280,7 +280,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_settings, tmp_path, mon
 def test_every_objective_trains_and_learns_the_pairs(tiny_settings, tmp_path, name):
     beta = {"beta": 0.1} if "beta" in OBJECTIVES[name].parameters else {}
     settings = settings_with(
-        tiny_settings, objective={"name": name, **beta}, training={"epochs": 4, "eval_steps": 100}
+        tiny_settings, objective={"name": name, **beta}, training={"epochs": 6, "eval_steps": 100}
     )
     rows = numbers(run_of(settings, tmp_path, name=name))
     steps = [row for row in rows if "loss" in row]
