@@ -27,14 +27,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gapo_lite  # noqa: F401  # isort: skip  # before bitsandbytes, which it keeps quiet
 import torch
+from datasets import Dataset
 from peft import PeftModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from gapo_lite.model import causal_model
 from gapo_lite.trainer import GapoTrainer
+from gapo_lite.types import TokenizedPair
 
 TRL = "trl"
 _VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
@@ -162,6 +166,35 @@ def cpo_config(
             bf16=bf16,
             gradient_checkpointing=False,
         )
+
+
+def cpo_trainer(
+    policy: PeftModel, pairs: Sequence[TokenizedPair], config: CPOConfig
+) -> RecordedCPOTrainer:
+    """CPOTrainer over ready token ids: it is given a stub to tokenise, then the pairs."""
+    words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1, "x": 2}, unk_token="<pad>"))
+    trainer = RecordedCPOTrainer(
+        model=policy,
+        args=config,
+        train_dataset=Dataset.from_dict({n: ["x"] for n in ("prompt", "chosen", "rejected")}),
+        processing_class=PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
+        ),
+    )
+    trainer.train_dataset = [cpo_row(pair) for pair in pairs]
+    return trainer
+
+
+def cpo_row(pair: TokenizedPair) -> dict[str, list[int]]:
+    """A pair as CPOTrainer's own `tokenize_row` would hand it to its collator."""
+    prompt = pair.prompt_ids.tolist()
+    row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+    for side, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+        response = ids.tolist()
+        row[f"{side}_input_ids"] = prompt + response
+        row[f"{side}_attention_mask"] = [1] * (len(prompt) + len(response))
+        row[f"{side}_labels"] = [-100] * len(prompt) + response
+    return row
 
 
 def resident_bytes() -> int:

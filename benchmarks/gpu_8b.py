@@ -41,12 +41,10 @@ import common  # isort: skip  # first: it sets the environment
 import bitsandbytes as bnb
 import numpy as np
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from peft import PeftModel
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gapo_lite.attention import SHARED_PREFIX
@@ -309,18 +307,6 @@ def _lengths(normal: np.ndarray, mean: int, spread: float) -> np.ndarray:
     return np.maximum(np.rint(mean * np.exp(spread * normal - spread**2 / 2)), 1).astype(int)
 
 
-def cpo_row(pair: TokenizedPair) -> dict[str, list[int]]:
-    """A pair as CPOTrainer's own `tokenize_row` would hand it to its collator."""
-    prompt = pair.prompt_ids.tolist()
-    row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
-    for side, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
-        response = ids.tolist()
-        row[f"{side}_input_ids"] = prompt + response
-        row[f"{side}_attention_mask"] = [1] * (len(prompt) + len(response))
-        row[f"{side}_labels"] = [-100] * len(prompt) + response
-    return row
-
-
 # -- one case --
 
 
@@ -401,24 +387,14 @@ def _gapo_trainer(bench: Bench, arguments: dict[str, Any]) -> common.RecordedGap
 
 
 def _cpo_trainer(bench: Bench, arguments: dict[str, Any]) -> common.RecordedCPOTrainer:
-    """CPOTrainer over ready token ids: it is given a stub to tokenise, then the pairs."""
-    words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1, "x": 2}, unk_token="<pad>"))
-    trainer = common.RecordedCPOTrainer(
-        model=bench.policy,
-        args=common.cpo_config(
-            arguments,
-            beta=BETA,
-            gamma=GAMMA,
-            max_length=LLAMA_3_8B.max_length,
-            bf16=bench.dtype == torch.bfloat16,
-        ),
-        train_dataset=Dataset.from_dict({n: ["x"] for n in ("prompt", "chosen", "rejected")}),
-        processing_class=PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
-        ),
+    config = common.cpo_config(
+        arguments,
+        beta=BETA,
+        gamma=GAMMA,
+        max_length=LLAMA_3_8B.max_length,
+        bf16=bench.dtype == torch.bfloat16,
     )
-    trainer.train_dataset = [cpo_row(pair) for pair in bench.pairs]
-    return trainer
+    return common.cpo_trainer(bench.policy, bench.pairs, config)
 
 
 def _held_bytes() -> int:

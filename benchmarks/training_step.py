@@ -35,6 +35,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
+from trl.experimental.cpo import CPOConfig
 
 from gapo_lite.batching import render_prompt, tokenize_pairs
 from gapo_lite.config import ObjectiveConfig
@@ -85,7 +86,7 @@ _COLUMNS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints, and writes the file; ends with an error where the losses disagree."""
-    options = _options(argv)
+    options = parse_options(argv)
     if options.worker:
         print(json.dumps(measure(options.worker, options)))
         return
@@ -105,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check_losses(ratios, LOSS_TOLERANCE[_dtype_name(options)])
 
 
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     layouts = ("packed", "padded", "dequantized")
@@ -160,7 +162,7 @@ def measure(contender: str, options: argparse.Namespace) -> dict[str, Any]:
     steps = options.warmup + options.steps
     tokenizer = load_tokenizer(options.model)
     pairs, tokens = _pairs(options, tokenizer, steps * micro_batch)
-    policy = _policy(options)
+    policy = make_policy(options)
     model_bytes, loading_peak = common.resident_bytes(), peak_resident_bytes()
     common.reset_peak()
     with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +180,7 @@ def measure(contender: str, options: argparse.Namespace) -> dict[str, Any]:
             if contender == "dequantized":
                 dequantize_base(policy)
             layout = "padded" if contender == "padded" else "packed"
-            trainer = _gapo_trainer(policy, tokenizer, tokens, arguments, layout, options)
+            trainer = gapo_trainer(policy, tokens, arguments, layout, options)
             used = [(p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in tokens]
         clock, count = common.StepClock(options.warmup), common.TokenCount(policy)
         trainer.add_callback(clock)
@@ -219,7 +221,7 @@ def _pairs(
     return pairs, [replace(pair, margin=options.gamma) for pair in tokenized.pairs]
 
 
-def _policy(options: argparse.Namespace) -> PeftModel:
+def make_policy(options: argparse.Namespace) -> PeftModel:
     """The 4-bit model and its adapter; `load_base` keeps bitsandbytes from breaking gradients."""
     dtype = pick_precision(options.precision, torch.device("cpu"))
     base = load_base(options.model, quantization="nf4", dtype=dtype)
@@ -228,14 +230,14 @@ def _policy(options: argparse.Namespace) -> PeftModel:
     return policy
 
 
-def _gapo_trainer(
+def gapo_trainer(
     policy: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
     tokens: list[TokenizedPair],
     arguments: dict[str, Any],
     layout: str,
     options: argparse.Namespace,
 ) -> common.RecordedGapoTrainer:
+    """Ours, with objective `simpo`."""
     if layout == "packed" and (reason := why_not_packed(policy)):
         raise SystemExit(f"{options.model} cannot be trained in the packed layout: {reason}")
     return common.RecordedGapoTrainer(
@@ -244,7 +246,7 @@ def _gapo_trainer(
         tokens,
         objective=ObjectiveConfig(name="simpo", beta=options.beta),
         layout=layout,
-        pad_id=tokenizer.pad_token_id,
+        pad_id=0,  # masked
     )
 
 
@@ -260,18 +262,22 @@ def _cpo_trainer(
         "chosen": [pair.chosen for pair in pairs],
         "rejected": [pair.rejected for pair in pairs],
     }
-    config = common.cpo_config(
+    return common.RecordedCPOTrainer(
+        model=policy,
+        args=cpo_config(arguments, options),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+    )
+
+
+def cpo_config(arguments: dict[str, Any], options: argparse.Namespace) -> CPOConfig:
+    """The same SimPO for TRL."""
+    return common.cpo_config(
         arguments,
         beta=options.beta,
         gamma=options.gamma,
         max_length=options.max_length,
         bf16=_dtype_name(options) == "bfloat16",
-    )
-    return common.RecordedCPOTrainer(
-        model=policy,
-        args=config,
-        train_dataset=Dataset.from_dict(rows),
-        processing_class=tokenizer,
     )
 
 

@@ -92,7 +92,7 @@ def test_the_padded_ablation_reads_as_many_tokens_as_trl_and_has_its_loss(
     training_step_result, tiny_options
 ):
     training_step = imported("training_step")
-    options = training_step._options([str(value) for value in tiny_options])
+    options = training_step.parse_options([str(value) for value in tiny_options])
     padded = training_step.measure("padded", options)
     trl, *_ = training_step_result[1]["measurements"]
     assert padded["tokens_per_pair"] == trl["tokens_per_pair"]
@@ -105,6 +105,40 @@ def test_losses_that_disagree_on_the_same_tokens_end_the_benchmark(training_step
     with pytest.raises(SystemExit, match="do not compute the same"):
         training_step._check_losses([ratio], tolerance=1e-3)
     training_step._check_losses([{**ratio, "first_step_has_same_tokens": False}], tolerance=1e-3)
+
+
+def test_the_growth_of_cost_is_measured_on_the_same_tokens_and_drawn(
+    tiny_model, tmp_path, monkeypatch
+):
+    step_cost = imported("step_cost")
+    monkeypatch.setattr(step_cost, "_in_subprocess", step_cost.measure)
+    file, figure = tmp_path / "result.json", tmp_path / "figure.png"
+    step_cost.main(
+        [
+            *("--model", str(tiny_model), "--data", "embedded:everyday", "--longest", "64"),
+            *("--steps", "1", "--json", str(file), "--figure", str(figure)),
+        ]
+    )
+    rows = json.loads(file.read_text())["measurements"]
+    assert len(rows) == 2 * 11  # 13 points, of which one is in all three
+    for trl, ours in zip(rows[::2], rows[1::2], strict=True):
+        assert (trl["contender"], ours["contender"]) == ("trl", "packed")
+        assert trl["first_loss"] == pytest.approx(ours["first_loss"], abs=0.05)  # bfloat16
+    assert len({row["first_loss"] for row in rows[1::2]}) == 11
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_pairs_are_cut_to_exactly_the_lengths_of_a_point(tiny_model):
+    step_cost = imported("step_cost")
+    options = step_cost._options(["--model", str(tiny_model), "--data", "embedded:everyday"])
+    pairs = step_cost.cut_pairs(options, step_cost.Point(2, 30, 34), 3, 0.3)
+    assert [pair.lengths for pair in pairs] == [(30, 34, 34)] * 3
+    assert len({pair.chosen_ids.tobytes() for pair in pairs}) == 3
+    axes = step_cost.points(1024)
+    assert len(set(axes["pairs a batch"]) & set(axes["prompt share"])) == 1
+    for axis, of_axis in axes.items():
+        places = [step_cost.position(axis, point) for point in of_axis]
+        assert places == sorted(set(places))
 
 
 def test_the_8b_benchmark_measures_both_contenders_on_one_tiny_model(tmp_path):

@@ -120,9 +120,24 @@ def test_loss_falls_on_a_memorised_set(tiny_settings, tmp_path):
     assert losses[-1] < 0.5 * losses[0]
 
 
+EVERY_LEVER = {
+    "model": {"dequantized_cache": "always"},
+    "training": {
+        "layout": "packed",
+        "micro_batch_size": None,
+        "micro_batch_tokens": 150,
+        "gradient_checkpointing": 0.5,
+    },
+}
+
+
+@pytest.mark.parametrize("levers", [{}, EVERY_LEVER], ids=["plain", "every-lever"])
 def test_a_run_stopped_and_resumed_equals_the_uninterrupted_one(
-    finished, tiny_settings, tmp_path, monkeypatch
+    finished, tiny_settings, tmp_path, monkeypatch, levers
 ):
+    settings = settings_with(tiny_settings, **levers)
+    if levers:
+        finished = run_of(settings, tmp_path, name="whole")
     stop_after = iter([3, 7])
 
     def stopping(self, args, state, control, _limit=[0], **kwargs):  # noqa: B006
@@ -134,13 +149,13 @@ def test_a_run_stopped_and_resumed_equals_the_uninterrupted_one(
 
     on_step_end = RunCallback.on_step_end
     monkeypatch.setattr(RunCallback, "on_step_end", stopping)
-    run = run_of(tiny_settings, tmp_path, name="cut")
+    run = run_of(settings, tmp_path, name="cut")
     assert (run.state(), run.read("status.json")["step"]) == ("stopped", 3)
     assert "--resume" in (run.path / "train.log").read_text()
     assert (run.adapter / "adapter_model.safetensors").is_file()
-    run_of(tiny_settings, tmp_path, resume="cut")
+    run_of(settings, tmp_path, resume="cut")
     assert run.read("status.json")["step"] == 7
-    run_of(tiny_settings, tmp_path, resume="cut")
+    run_of(settings, tmp_path, resume="cut")
     assert run.state() == "finished"
     assert numbers(run) == numbers(finished)
     whole, cut = (r.adapter / "adapter_model.safetensors" for r in (finished, run))
