@@ -12,8 +12,8 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,9 @@ SUPPORTED = {
     "bitsandbytes": ("0.50", "0.50"),
 }
 """Package → (oldest, newest) version that the code runs on, as in pyproject.toml."""
+
+OPTIONAL = {"liger": "liger-kernel", "unsloth": "unsloth"}
+"""What `model.backend` takes beside transformers → the package that it needs."""
 
 GIB = 2**30
 FREE_GIB = 5
@@ -65,7 +68,8 @@ def examine(runs_dir: Path) -> Iterator[Check]:
     yield _guarded("disk for runs", lambda: _disk("disk for runs", runs_dir.absolute()))
     yield _guarded("disk for cache", lambda: _disk("disk for cache", cache_dir()))
     yield _guarded("Hub login", _hub_login)
-    yield _guarded("unsloth", _unsloth)
+    for name, package in OPTIONAL.items():
+        yield _guarded(name, partial(_optional, name, package))
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
@@ -178,7 +182,8 @@ def _hub_login() -> Check:
     )
 
 
-def _unsloth() -> Check:
-    if find_spec("unsloth") is None:
-        return Check("ok", "unsloth", "not installed (optional: requirements-unsloth.txt)")
-    return Check("ok", "unsloth", version("unsloth"))
+def _optional(name: str, package: str) -> Check:
+    try:
+        return Check("ok", name, version(package))
+    except PackageNotFoundError:
+        return Check("ok", name, f"not installed (optional: requirements-{name}.txt)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from importlib.util import find_spec
 
 import pytest
 from conftest import ROOT
@@ -44,7 +45,10 @@ def test_a_machine_that_passes_these_tests_is_fit_to_train(lines):
     assert line_of("embedded:smollm2-135m-instruct", found).startswith("ok")
     assert "GiB free" in line_of("disk for runs", found)
     assert "GiB free" in line_of("disk for cache", found)
-    assert line_of("unsloth", found)
+    for name, package in doctor.OPTIONAL.items():
+        assert (find_spec(package.replace("-", "_")) is None) == (
+            "not installed" in line_of(name, found)
+        )
 
 
 def test_looking_makes_no_folder(lines, tmp_path):
