@@ -172,17 +172,20 @@ def cpo_trainer(
     policy: PeftModel, pairs: Sequence[TokenizedPair], config: CPOConfig
 ) -> RecordedCPOTrainer:
     """CPOTrainer over ready token ids: it is given a stub to tokenise, then the pairs."""
-    words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1, "x": 2}, unk_token="<pad>"))
     trainer = RecordedCPOTrainer(
         model=policy,
         args=config,
         train_dataset=Dataset.from_dict({n: ["x"] for n in ("prompt", "chosen", "rejected")}),
-        processing_class=PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
-        ),
+        processing_class=stub_tokenizer(),
     )
     trainer.train_dataset = [cpo_row(pair) for pair in pairs]
     return trainer
+
+
+def stub_tokenizer() -> PreTrainedTokenizerFast:
+    """Of three words, for where there has to be one."""
+    words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1, "x": 2}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
 def cpo_row(pair: TokenizedPair) -> dict[str, list[int]]:

@@ -1,313 +1,382 @@
-"""Training Llama-3-8B's shape on one GPU: speed, memory and share of the matrix rate, beside TRL.
+"""Training Llama-3-8B's shape on one GPU: beside TRL and Unsloth, lever by lever, and in 12 GB.
 
     python benchmarks/gpu_8b.py --json benchmarks/results/gpu_8b.json
+    python benchmarks/gpu_8b.py --parts levers caps --json benchmarks/results/gpu_8b.json
     python benchmarks/gpu_8b.py --tiny          # a small model anywhere, to see that it runs
 
-It needs no network, no weights and no tokenizer: the model has Llama-3-8B's shape with random
-weights, made layer by layer and quantised to NF4 where they lie, and the pairs are random tokens
-with lengths like UltraFeedback's. `GapoTrainer` (objective `simpo`, packed) and TRL's `CPOTrainer`
-(SimPO) take turns on this one model, from the same adapter, over the same pairs in the same order;
-`CPOTrainer` gets them tokenised, in the format that its own tokenisation makes. What is timed is in
-common.py. A contender that runs out of memory is recorded, and the next case goes on.
+It needs no network, no weights and no tokenizer: see gpu_model.py. The parts:
 
-How floating point operations are counted (a multiply-add is 2; `executed_flops`):
+    trl     TRL's `CPOTrainer` (SimPO), Unsloth's patched one where it is installed, and
+            `GapoTrainer` (objective `simpo`, packed) take turns, at 2, 4 and 8 pairs a step, over
+            the same pairs in the same order; they get them tokenised
+    levers  `GapoTrainer` without any lever (padded, 2 pairs a forward pass, every layer recomputed,
+            4-bit weights), with each lever alone, and with all of them; beside each what
+            `gapo-lite plan` predicts for this card
+    caps    within the memory of smaller cards, by a cap on the process: the largest token budget
 
-    base weights    2 a weight and token forward, 2 backward (they are frozen: no weight gradient)
-    adapters        2 a weight and token forward, 4 backward
-    attention       4 · hidden a visible key and layer forward, 8 backward
-    recomputation   with gradient checkpointing, all of the forward pass above once more
-    head            2 · hidden · vocabulary a row forward, 2 backward, never recomputed; GaPO-Lite's
-                    rows are the scored tokens, TRL's all tokens with padding
+Each turn is a process of its own with its own model, so that peaks, caps and what a lever or
+Unsloth changes for good stay its own. A case that runs out of memory is recorded, and the next goes
+on. What is timed is in common.py. A second call with other parts adds them to the same file.
 
 "busy" is what was executed, padding included, as a share of the rate that a large bfloat16 matrix
-product reached in the same run; "useful" divides only the work that the pairs need (packed, without
-recomputation) by it, the same for both contenders. "tokens/s" counts each pair's prompt and
-responses once, "tokens/pair" what went through the model.
+product reached in the same process; "useful" divides only the work that the pairs need (packed,
+without recomputation) by it. "tokens/s" counts each pair's prompt and responses once.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import statistics
+import json
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import common  # isort: skip  # first: it sets the environment
-import bitsandbytes as bnb
-import numpy as np
+if __name__ == "__main__" and '"unsloth"' in " ".join(sys.argv):
+    import unsloth  # noqa: F401  # first: it patches TRL and transformers
+
+import common  # isort: skip  # first of the rest: it sets the environment
+import gpu_model
 import torch
 from datasets import disable_progress_bars
+from gpu_model import BETA, GAMMA, LEARNING_RATE, RANK, Scale, executed_flops, processed
+from gpu_report import (
+    COLUMNS,
+    HEADINGS,
+    OURS,
+    TRL,
+    UNSLOTH,
+    check_losses,
+    compare,
+    line,
+    ratio_line,
+    summarize,
+    with_rates,
+)
 from peft import PeftModel
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import TrainingArguments
 
+from gapo_lite import logps
 from gapo_lite.attention import SHARED_PREFIX
-from gapo_lite.config import ObjectiveConfig
-from gapo_lite.errors import RunError
-from gapo_lite.forecast import matrix_rate
+from gapo_lite.batching import MicroBatchLimits, num_tokens
+from gapo_lite.config import ObjectiveConfig, RunConfig, parse_config
+from gapo_lite.errors import ModelError, RunError
+from gapo_lite.forecast import matrix_rate, this_device
 from gapo_lite.memory import GIB, peak_resident_bytes
 from gapo_lite.model import (
-    _keep_trainable_layout,
     add_adapter,
     causal_model,
+    dequantize_base,
     pick_device,
     pick_precision,
     set_recomputation,
 )
-from gapo_lite.shape import causal
+from gapo_lite.plan import SHARES, Plan, Workload, best_plan, sizes_of
+from gapo_lite.shape import shape_of
 from gapo_lite.types import TokenizedPair
 
-OURS = "gapo-lite"
-RANK, BETA, GAMMA, LEARNING_RATE = 16, 10.0, 0.3, 1e-5
-LOSS_TOLERANCE = 0.1
-"""How far the losses of the first step may lie apart in bfloat16; β = 10 magnifies the rounding."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """How large everything is.
-
-    Attributes:
-        shape: of the model, as LlamaConfig takes it.
-        prompt_tokens, response_tokens: mean lengths of the pairs.
-        max_length: tokens of prompt and response together, at most.
-        matrix: rows and columns of the matrix product that measures the rate.
-    """
-
-    shape: dict[str, int]
-    prompt_tokens: int
-    response_tokens: int
-    max_length: int
-    matrix: int
-
-
-LLAMA_3_8B = Scale(
-    shape={
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "vocab_size": 128256,
-    },
-    prompt_tokens=170,
-    response_tokens=400,
-    max_length=2048,
-    matrix=8192,
-)
-TINY = Scale(
-    shape={
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 128,
-        "vocab_size": 512,
-    },
-    prompt_tokens=8,
-    response_tokens=16,
-    max_length=64,
-    matrix=256,
-)
+PARTS = ("trl", "levers", "caps")
+BUDGETS = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+BUDGET = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One measurement: who, with how many pairs a step, with or without recomputation, when."""
+    """One measurement.
+
+    Attributes:
+        contender: who trains.
+        pairs: of an optimizer step.
+        recomputed: share of the layers that compute their activations again.
+        lever: what is switched on, for people; "" beside TRL.
+        packed: layout; the others pad.
+        at_once: pairs a forward pass, at most.
+        tokens: of a forward pass, at most.
+        tile_rows: of the head.
+        round: of turns.
+    """
 
     contender: str
-    micro_batch: int
-    checkpointing: bool
-    round: int
+    pairs: int
+    recomputed: float
+    lever: str = ""
+    packed: bool = True
+    at_once: int | None = None
+    tokens: int | None = None
+    tile_rows: int | None = None
+    round: int = 1
+
+    @property
+    def limits(self) -> MicroBatchLimits:
+        """Of a forward pass."""
+        return MicroBatchLimits(self.at_once, self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Cases that one process measures, one after the other, on one model.
+
+    Attributes:
+        part: of PARTS.
+        cases: the measurements.
+        prepared: levers that change the model: "dequantized", "liger", "unsloth".
+        cap_gib: memory of the card that it stands for; None for all there is.
+    """
+
+    part: str
+    cases: tuple[Case, ...]
+    prepared: tuple[str, ...] = ()
+    cap_gib: float | None = None
+
+    def to_json(self) -> str:
+        """For the command line of its process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Turn:
+        """From `to_json`."""
+        data = json.loads(text)
+        cases = tuple(Case(**case) for case in data.pop("cases"))
+        return cls(**{**data, "cases": cases, "prepared": tuple(data["prepared"])})
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What all cases share.
+    """What the cases of a turn share.
 
     Attributes:
         policy: the model with its adapter.
         start: the adapter's values at the start of every case.
-        pairs: synthetic pairs.
+        scale: how large everything is.
+        rate: operations a second of a large matrix product, measured.
         dtype: of the arithmetic.
         options: of the command line.
     """
 
     policy: PeftModel
     start: dict[str, torch.Tensor]
-    pairs: list[TokenizedPair]
+    scale: Scale
+    rate: float
     dtype: torch.dtype
     options: argparse.Namespace
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints, and writes the file; ends with an error where the losses disagree."""
-    began = time.monotonic()
     options = _options(argv)
-    disable_progress_bars()
-    device, scale = pick_device(), TINY if options.tiny else LLAMA_3_8B
-    if device.type == "cpu" and not options.tiny:
+    if options.turn:
+        for row in work(Turn.from_json(options.turn), options):
+            print(json.dumps(row), flush=True)
+        return
+    began = time.monotonic()
+    if pick_device().type == "cpu" and not options.tiny:
         raise SystemExit("There is no GPU here. --tiny runs the same on a small model anywhere.")
     machine = common.machine()
     print(common.describe(machine), flush=True)
-    bench = _bench(options, scale, device)
-    rate, model_gib = matrix_rate(scale.matrix, bench.dtype, device), _held_bytes() / GIB
-    print(
-        f"model {model_gib:.2f} GiB with its adapter; matrix product {rate / 1e12:.1f} TFLOP/s; "
-        f"{time.monotonic() - began:.0f} s to here\n",
-        flush=True,
-    )
-    results = []
-    for case in _cases(options):
+    results: dict[str, list[dict[str, Any]]] = {part: [] for part in options.parts}
+    for turn in turns(options):
         if time.monotonic() - began > options.minutes * 60:
-            print(f"--minutes {options.minutes:g} are over: the remaining cases are left out")
+            print(f"--minutes {options.minutes:g} are over: the remaining turns are left out")
             break
-        results.append(_with_rates(measure(case, bench), rate))
-        print(_case_line(results[-1]), flush=True)
-    summary, ratios = summarize(results), compare(results)
-    print(f"\nMedians of the rounds\n{common.table(summary, _COLUMNS)}\n")
-    print("\n".join(_ratio_line(ratio) for ratio in ratios))
+        for row in run_turn(turn, options):
+            results[turn.part].append(row)
+            print(line(row), flush=True)
+    ratios = compare(results.get("trl", []))
+    for part, rows in results.items():
+        print(f"\n{HEADINGS[part]}\n{common.table(summarize(rows), COLUMNS[part])}\n")
+    print("\n".join(map(ratio_line, ratios)))
     if options.json:
-        settings = {k: v for k, v in vars(options).items() if k != "json"}
-        result = {"machine": machine, "settings": settings, "shape": scale.shape}
-        result |= {"matrix_rate": rate, "model_gib": model_gib, "ratios": ratios}
-        common.write_json(options.json, {**result, "summary": summary, "measurements": results})
-    _check_losses(ratios)
+        _write(options, machine, results, ratios)
+    check_losses(ratios)
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
+    everyone = (TRL, UNSLOTH, OURS)
     add("--tiny", action="store_true", help="a small model and short pairs, on any machine")
-    add("--micro-batch", type=int, nargs="+", default=[2, 4, 8], help="pairs a step")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    add("--micro-batch", type=int, nargs="+", default=[2, 4, 8], help="pairs a step beside TRL")
     add("--checkpointing", nargs="+", choices=("on", "off"), default=["on", "off"])
-    add("--contenders", nargs="+", choices=(OURS, common.TRL), default=[OURS, common.TRL])
-    add("--rounds", type=int, default=2, help="turns that each case gets")
-    add("--steps", type=int, default=10, help="timed steps of a turn, at most")
+    add("--contenders", nargs="+", choices=everyone, default=list(everyone))
+    add("--batch", type=int, default=16, help="pairs of an optimizer step, for levers")
+    add("--caps-gib", type=float, nargs="+", default=[12.0, 16.0, 24.0])
+    add("--rounds", type=int, default=2, help="turns that each contender gets")
+    add("--steps", type=int, default=8, help="timed steps of a case, at most")
     add("--warmup", type=int, default=2, help="steps before them that are not timed")
-    add("--seconds-per-case", type=float, default=6.0, help="no step begins after so much time")
-    add("--minutes", type=float, default=7.0, help="no case begins after so much time")
+    add("--seconds-per-case", type=float, default=5.0, help="no step begins after so much time")
+    add("--minutes", type=float, default=9.0, help="no turn begins after so much time")
     add("--seed", type=int, default=0, help="of weights, lengths and tokens")
     add("--json", type=Path, help="also write all figures to this file")
+    add("--turn", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
-def _cases(options: argparse.Namespace) -> list[Case]:
-    """Round by round, so that running out of time costs repetitions first."""
-    return [
-        Case(contender, micro_batch, checkpointing == "on", number)
-        for number in range(1, options.rounds + 1)
-        for checkpointing in options.checkpointing
-        for micro_batch in options.micro_batch
-        for contender in options.contenders
+# -- what is measured --
+
+
+def turns(options: argparse.Namespace) -> Iterator[Turn]:
+    """Of the chosen parts; beside TRL round by round, so that running out of time costs
+    repetitions first."""
+    if "trl" in options.parts:
+        for number in range(1, options.rounds + 1):
+            for contender in options.contenders:
+                cases = tuple(
+                    Case(contender, pairs, float(checkpointing == "on"), round=number,
+                         packed=contender == OURS)
+                    for checkpointing in options.checkpointing
+                    for pairs in options.micro_batch
+                )  # fmt: skip
+                yield Turn("trl", cases, ("unsloth",) if contender == UNSLOTH else ())
+    if "levers" in options.parts:
+        yield from lever_turns(options.batch)
+    if "caps" in options.parts:
+        for gib in options.caps_gib:
+            cases = tuple(
+                Case(OURS, 2 * options.batch, 1.0, f"{budget:,} tokens", tokens=budget)
+                for budget in BUDGETS
+            )
+            yield Turn("caps", cases, cap_gib=gib)
+
+
+def lever_turns(pairs: int) -> Iterator[Turn]:
+    """No lever, each alone, and all."""
+    none = Case(OURS, pairs, 1.0, "none", packed=False, at_once=2)
+    alone = [
+        replace(none, lever="packed", packed=True),
+        replace(none, lever=f"{BUDGET:,} tokens a pass", at_once=None, tokens=BUDGET),
+        replace(none, lever="half recomputed", recomputed=0.5),
+        replace(none, lever="nothing recomputed", recomputed=0.0),
+        replace(none, lever="tiles of 4,096 rows", tile_rows=4096),
     ]
+    yield Turn("levers", (none, *alone))
+    yield Turn("levers", (replace(none, lever="dequantised"),), ("dequantized",))
+    yield Turn("levers", (replace(none, lever="Liger's kernels"),), ("liger",))
+    everything = Case(OURS, pairs, 0.0, "all of them", tokens=BUDGET, tile_rows=4096)
+    prepared = ("dequantized", "liger") if find_spec("liger_kernel") else ("dequantized",)
+    yield Turn("levers", (everything,), prepared)
 
 
-# -- model and pairs --
+def run_turn(turn: Turn, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of a turn, from a process of its own; one that says why, where it fails."""
+    if "unsloth" in turn.prepared and find_spec("unsloth") is None:
+        yield _failed(turn.cases[0], "not installed: requirements-unsloth.txt")
+        return
+    command = [sys.executable, __file__, "--turn", turn.to_json()]
+    for name in ("steps", "warmup", "seconds_per_case", "seed"):
+        command += [f"--{name.replace('_', '-')}", str(vars(options)[name])]
+    command += ["--tiny"] * options.tiny
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        assert process.stdout is not None
+        done = 0
+        for printed in process.stdout:  # libraries may print, too
+            if printed.startswith('{"contender"'):
+                done += 1
+                yield json.loads(printed)
+        if process.wait():
+            errors.seek(0)
+            reason = (errors.read().strip().splitlines() or ["no message"])[-1]
+            yield _failed(turn.cases[min(done, len(turn.cases) - 1)], reason[:300])
 
 
-def _bench(options: argparse.Namespace, scale: Scale, device: torch.device) -> Bench:
+def _failed(case: Case, reason: str) -> dict[str, Any]:
+    return {**asdict(case), "failed": reason}
+
+
+# -- one turn, in its own process --
+
+
+def work(turn: Turn, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measures the cases of a turn; of a cap's, up to the first that does not fit."""
+    disable_progress_bars()
+    scale = gpu_model.TINY if options.tiny else gpu_model.LLAMA_3_8B
+    device = pick_device()
+    if turn.cap_gib and device.type == "cuda" and not _cap(turn, device):
+        yield _failed(turn.cases[0], f"this GPU has less than {turn.cap_gib:g} GiB")
+        return
     dtype = pick_precision("auto", device)
-    policy = add_adapter(random_base(scale, device, dtype, options.seed), rank=RANK, alpha=2 * RANK)
+    rate = matrix_rate(scale.matrix, dtype, device)
+    try:
+        policy = _policy(turn, options, scale, device, dtype)
+    except ModelError as error:
+        yield _failed(turn.cases[0], str(error))
+        return
     start = {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}
-    steps = options.warmup + options.steps
-    pairs = synthetic_pairs(scale, steps * max(options.micro_batch), options.seed)
-    return Bench(policy, start, pairs, dtype, options)
+    bench = Bench(policy, start, scale, rate, dtype, options)
+    model_gib = _held_bytes() / GIB
+    for case in turn.cases:
+        row = measure(case, bench)
+        row |= {"model_gib": model_gib, "matrix_rate": rate, "cap_gib": turn.cap_gib}
+        if case.contender == OURS:
+            row |= predicted(case, bench, turn)
+        yield with_rates(row)
+        if turn.cap_gib and (row.get("out_of_memory") or row["cut_to"]):
+            return
 
 
-def random_base(
-    scale: Scale, device: torch.device, dtype: torch.dtype, seed: int
-) -> LlamaForCausalLM:
-    """A Llama of this shape with random weights, quantised as `gapo_lite.model.load_base` does.
+def _cap(turn: Turn, device: torch.device) -> bool:
+    """Leaves PyTorch what a card of this size has beside the driver's own; False if there is not
+    as much."""
+    assert turn.cap_gib is not None
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = (turn.cap_gib * GIB - SHARES[False].held) / total
+    if share < 1:
+        torch.cuda.set_per_process_memory_fraction(share)
+    return share < 1
 
-    It is laid out without memory; then one matrix after the other is drawn on the device in
-    `dtype` and quantised there, so that at most one of them is ever held unquantised.
-    """
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        **scale.shape,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        attn_implementation="sdpa",
+
+def _policy(
+    turn: Turn,
+    options: argparse.Namespace,
+    scale: Scale,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PeftModel:
+    base = gpu_model.random_base(scale, device, dtype, options.seed)
+    if "unsloth" in turn.prepared:
+        return _unsloth_policy(base, scale, dtype)
+    if "liger" in turn.prepared:
+        from gapo_lite.liger_backend import put_kernels_into
+
+        put_kernels_into(base, "this model")
+    policy = add_adapter(base, rank=RANK, alpha=2 * RANK)
+    if "dequantized" in turn.prepared:
+        dequantize_base(policy)
+    return policy
+
+
+def _unsloth_policy(base: Any, scale: Scale, dtype: torch.dtype) -> PeftModel:
+    """The same weights through Unsloth's own loader."""
+    from unsloth import FastLanguageModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        gpu_model.save_base(base, Path(folder), dtype)
+        del base
+        gc.collect()
+        torch.cuda.empty_cache()
+        model, _ = FastLanguageModel.from_pretrained(
+            folder, max_seq_length=scale.max_length, dtype=dtype, load_in_4bit=True
+        )
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=RANK,
+        lora_alpha=2 * RANK,
+        lora_dropout=0.0,
+        target_modules=[
+            *("q_proj", "k_proj", "v_proj", "o_proj"),
+            *("gate_proj", "up_proj", "down_proj"),
+        ],
+        use_gradient_checkpointing=False,  # set for each case
     )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    for layer in model.model.layers:
-        for block in (layer.self_attn, layer.mlp):
-            for name, child in list(block.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(block, name, _random_linear_4bit(child, device, dtype))
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) or module is model.lm_head:
-            module.weight = nn.Parameter(_random(module.weight.shape, device, dtype))
-        elif "RMSNorm" in type(module).__name__:
-            module.weight = nn.Parameter(torch.ones_like(module.weight, device=device, dtype=dtype))
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
-    model.is_loaded_in_4bit = True  # what PEFT and TRL ask a quantised model
-    model.requires_grad_(False)
-    _keep_trainable_layout(model)
-    return model
-
-
-def _random_linear_4bit(
-    linear: nn.Linear, device: torch.device, dtype: torch.dtype
-) -> bnb.nn.Linear4bit:
-    layer = bnb.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=False,
-        compute_dtype=dtype,
-        quant_type="nf4",
-        device="meta",
-    )
-    weight = _random(linear.weight.shape, device, dtype)
-    layer.weight = bnb.nn.Params4bit(
-        weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
-    )
-    return layer.to(device)  # quantises
-
-
-def _random(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, device=device, dtype=dtype) * 0.02
-
-
-def synthetic_pairs(scale: Scale, number: int, seed: int) -> list[TokenizedPair]:
-    """Random tokens with lengths like UltraFeedback's.
-
-    Lengths are log-normal around the scale's means. Chosen and rejected of a pair resemble each
-    other in length (correlation 0.8 of the logarithms, both written by one model), which spares
-    TRL padding.
-    """
-    draw = np.random.default_rng(seed)
-    shared, own = draw.standard_normal((number, 1)), draw.standard_normal((number, 2))
-    prompts = _lengths(draw.standard_normal(number), scale.prompt_tokens, 0.8)
-    responses = _lengths(0.8**0.5 * shared + 0.2**0.5 * own, scale.response_tokens, 0.6)
-    prompts = np.minimum(prompts, scale.max_length // 2)
-    responses = np.minimum(responses, scale.max_length - prompts[:, None])
-    tokens = scale.shape["vocab_size"]
-    return [
-        TokenizedPair(*(draw.integers(0, tokens, n).astype(np.int32) for n in lengths), GAMMA)
-        for lengths in np.column_stack((prompts, responses)).tolist()
-    ]
-
-
-def _lengths(normal: np.ndarray, mean: int, spread: float) -> np.ndarray:
-    """Log-normal whole numbers from standard normal ones, at least 1."""
-    return np.maximum(np.rint(mean * np.exp(spread * normal - spread**2 / 2)), 1).astype(int)
-
-
-# -- one case --
 
 
 def measure(case: Case, bench: Bench) -> dict[str, Any]:
@@ -320,15 +389,20 @@ def measure(case: Case, bench: Bench) -> dict[str, Any]:
             raise
         return {**asdict(case), "out_of_memory": " ".join(str(error).split())[:300]}
     finally:
-        for name in ("forward", "_original_forward"):  # accelerate's wrappers would pile up
-            vars(bench.policy).pop(name, None)
+        # accelerate's wrappers would pile up, and not be put where it believes them to be
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            bench.policy.__dict__.pop(name, None)
 
 
 def _prepare(case: Case, bench: Bench) -> None:
     """The same adapter for every case, nothing left of the case before, peaks from here on."""
-    causal = causal_model(bench.policy)
-    causal.set_attn_implementation(SHARED_PREFIX if case.contender == OURS else "sdpa")
-    set_recomputation(bench.policy, float(case.checkpointing))
+    if case.contender == UNSLOTH:
+        bench.policy.for_training(use_gradient_checkpointing=bool(case.recomputed))
+    else:
+        causal_model(bench.policy).set_attn_implementation(SHARED_PREFIX if case.packed else "sdpa")
+        set_recomputation(bench.policy, case.recomputed)
+    if case.tile_rows:
+        logps.TILE_ROWS[pick_device().type] = case.tile_rows
     bench.policy.zero_grad(set_to_none=True)
     with torch.no_grad():
         for name, parameter in bench.policy.named_parameters():
@@ -342,59 +416,85 @@ def _prepare(case: Case, bench: Bench) -> None:
         common.reset_peak()
 
 
+def _pairs(case: Case, bench: Bench) -> list[TokenizedPair]:
+    steps = bench.options.warmup + bench.options.steps
+    return gpu_model.synthetic_pairs(bench.scale, steps * case.pairs, bench.options.seed)
+
+
 def _train(case: Case, bench: Bench) -> dict[str, Any]:
-    options = bench.options
+    options, pairs = bench.options, _pairs(case, bench)
     clock = common.StepClock(options.warmup, options.seconds_per_case)
+    tiles = dict(logps.TILE_ROWS)
     with tempfile.TemporaryDirectory() as folder:
         arguments = common.shared_arguments(
             Path(folder),
             steps=options.warmup + options.steps,
-            micro_batch=case.micro_batch,
+            micro_batch=case.pairs,
             learning_rate=LEARNING_RATE,
             use_cpu=not torch.cuda.is_available(),
         )
-        trainer = (_gapo_trainer if case.contender == OURS else _cpo_trainer)(bench, arguments)
+        trainer = _trainer(case, bench, pairs, arguments)
         trainer.add_callback(clock)
         trainer.train()
+    logps.TILE_ROWS.update(tiles)
     first, last = options.warmup, options.warmup + len(clock.seconds)
-    size = case.micro_batch
-    batches = [bench.pairs[i * size : (i + 1) * size] for i in range(first, last)]
+    steps = [pairs[i * case.pairs : (i + 1) * case.pairs] for i in range(first, last)]
     config = causal_model(bench.policy).config
-    work = [executed_flops(config, batch, case.contender, case.checkpointing) for batch in batches]
-    useful = [executed_flops(config, batch, OURS, checkpointing=False) for batch in batches]
+    passes = [_passes(case, step) for step in steps]
     return {
         "step_seconds": clock.seconds,
-        "step_tokens": [sum(pair.num_tokens for pair in batch) for batch in batches],
-        "step_tokens_processed": [processed(batch, case.contender)[0] for batch in batches],
-        "step_flops": work,
-        "step_useful_flops": useful,
-        # Pairs at once since memory ran out; None where it did not.
-        "cut_to": trainer.limits.pairs if case.contender == OURS else None,
+        "step_tokens": [sum(pair.num_tokens for pair in step) for step in steps],
+        "step_passes": [len(groups) for groups in passes],
+        "step_tokens_processed": [
+            sum(processed(group, _layout(case))[0] for group in groups) for groups in passes
+        ],
+        "step_flops": [
+            sum(executed_flops(config, group, _layout(case), case.recomputed) for group in groups)
+            for groups in passes
+        ],
+        "step_useful_flops": [executed_flops(config, step, "packed", 0.0) for step in steps],
+        # Limits after memory ran out; None where it did not.
+        "cut_to": asdict(trainer.limits)
+        if case.contender == OURS and trainer.limits != case.limits
+        else None,
         "first_loss": float(trainer.step_losses[0]),
         **_peaks(),
     }
 
 
-def _gapo_trainer(bench: Bench, arguments: dict[str, Any]) -> common.RecordedGapoTrainer:
+def _trainer(
+    case: Case, bench: Bench, pairs: list[TokenizedPair], arguments: dict[str, Any]
+) -> common.RecordedGapoTrainer | common.RecordedCPOTrainer:
     # accelerate keeps one precision a process: bf16 is TRL's. It only wraps the policy's own
     # forward, which GaPO-Lite does not call.
-    return common.RecordedGapoTrainer(
-        bench.policy,
-        TrainingArguments(**arguments, bf16=bench.dtype == torch.bfloat16),
-        bench.pairs,
-        objective=ObjectiveConfig(name="simpo", beta=BETA),
-    )
+    bf16 = bench.dtype == torch.bfloat16
+    if case.contender == OURS:
+        return common.RecordedGapoTrainer(
+            bench.policy,
+            TrainingArguments(**arguments, bf16=bf16),
+            pairs,
+            objective=ObjectiveConfig(name="simpo", beta=BETA),
+            layout="packed" if case.packed else "padded",
+            limits=case.limits,
+        )
+    length = bench.scale.max_length
+    config = common.cpo_config(arguments, beta=BETA, gamma=GAMMA, max_length=length, bf16=bf16)
+    return common.cpo_trainer(bench.policy, pairs, config)
 
 
-def _cpo_trainer(bench: Bench, arguments: dict[str, Any]) -> common.RecordedCPOTrainer:
-    config = common.cpo_config(
-        arguments,
-        beta=BETA,
-        gamma=GAMMA,
-        max_length=LLAMA_3_8B.max_length,
-        bf16=bench.dtype == torch.bfloat16,
-    )
-    return common.cpo_trainer(bench.policy, bench.pairs, config)
+def _layout(case: Case) -> str:
+    if case.contender != OURS:
+        return "full logits"
+    return "packed" if case.packed else "padded"
+
+
+def _passes(case: Case, step: list[TokenizedPair]) -> list[list[TokenizedPair]]:
+    """The pairs of each forward pass of a step."""
+    if case.contender != OURS:
+        return [step]
+    sizes = [num_tokens(*pair.lengths, packed=case.packed) for pair in step]
+    groups = case.limits.micro_batches(sizes, packed=case.packed)
+    return [[step[index] for index in group] for group in groups]
 
 
 def _held_bytes() -> int:
@@ -411,197 +511,58 @@ def _peaks() -> dict[str, float]:
     }
 
 
-# -- what is counted --
+def predicted(case: Case, bench: Bench, turn: Turn) -> dict[str, float]:
+    """What `gapo-lite plan` says of this case: pairs a second, and the peak of PyTorch's
+    allocator, so without the driver's share.
 
-
-def processed(batch: Sequence[TokenizedPair], contender: str) -> tuple[int, int, int]:
-    """(tokens through the model, rows through the head, visible keys summed over the queries).
-
-    GaPO-Lite: no padding, each prompt once, head rows of scored tokens only. TRL: two rows a pair,
-    padded to the longest, all of them through the head; the keys that a causal mask lets through.
+    The plan does not know of Liger's kernels or of the head's tiles.
     """
-    sides = [(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in batch]
-    if contender == OURS:
-        visible = sum(causal(p + w) + r * p + causal(r) for p, w, r in sides)
-        return sum(map(sum, sides)), sum(w + r for _, w, r in sides), visible
-    rows, width = 2 * len(sides), max(p + max(w, r) for p, w, r in sides)
-    return rows * width, rows * width, rows * causal(width)
-
-
-def executed_flops(
-    config: LlamaConfig, batch: Sequence[TokenizedPair], contender: str, checkpointing: bool
-) -> int:
-    """Floating point operations of the matrix products of one training step; see above."""
-    tokens, head_rows, _ = processed(batch, contender)
-    shapes = _linear_shapes(config) * config.num_hidden_layers
-    base = 2 * tokens * sum(n * m for n, m in shapes)
-    adapters = 2 * tokens * RANK * sum(n + m for n, m in shapes)
-    head = 2 * head_rows * config.hidden_size * config.vocab_size
-    forwards = 2 if checkpointing else 1
-    return (
-        base * (forwards + 1)
-        + adapters * (forwards + 2)
-        + attention_flops(config, batch, contender, checkpointing)
-        + head * 2
-    )
-
-
-def attention_flops(
-    config: LlamaConfig, batch: Sequence[TokenizedPair], contender: str, checkpointing: bool
-) -> int:
-    """The part of the attention scores and of the values that they weigh."""
-    visible = processed(batch, contender)[2]
-    forward = 4 * visible * config.num_hidden_layers * config.hidden_size
-    return forward * ((2 if checkpointing else 1) + 2)
-
-
-def _linear_shapes(config: LlamaConfig) -> list[tuple[int, int]]:
-    """(in, out) of the seven linear layers of a block."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    keys = hidden // config.num_attention_heads * config.num_key_value_heads
-    attention = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden)]
-    return [*attention, (hidden, inner), (hidden, inner), (inner, hidden)]
-
-
-# -- what is said --
-
-
-def _with_rates(result: dict[str, Any], rate: float) -> dict[str, Any]:
-    """Adds what follows from the steps' figures; a case out of memory stays as it is."""
-    if "out_of_memory" in result:
-        return result
-    seconds, steps = sum(result["step_seconds"]), len(result["step_seconds"])
-    pairs = steps * result["micro_batch"]
+    model = {"dequantized_cache": "always" if "dequantized" in turn.prepared else "never"}
+    training = {
+        "batch_size": case.pairs,
+        "micro_batch_size": case.at_once,
+        "micro_batch_tokens": case.tokens,
+        "gradient_checkpointing": case.recomputed,
+    }
+    settings = {"model": model, "training": training, "lora": {"rank": RANK}}
+    if case.limits == MicroBatchLimits():
+        training["micro_batch_size"] = case.pairs
+    plan = _plan_of(parse_config(settings), case, bench)
+    peak = plan.peak
+    if torch.cuda.is_available():
+        peak -= plan.parts["libraries and driver"]
     return {
-        **result,
-        "pairs_per_second": pairs / seconds,
-        "tokens_per_second": sum(result["step_tokens"]) / seconds,
-        "tokens_per_pair": sum(result["step_tokens_processed"]) / pairs,
-        "busy": sum(result["step_flops"]) / seconds / rate,
-        "useful": sum(result["step_useful_flops"]) / seconds / rate,
+        "predicted_pairs_per_second": plan.pairs_per_second,
+        "predicted_peak_gib": peak / GIB,
+        "predicted_to_fit": turn.cap_gib is None
+        or plan.peak <= SHARES[False].memory * turn.cap_gib * GIB,
     }
 
 
-def _keys(results: list[dict[str, Any]], *names: str) -> list[tuple[Any, ...]]:
-    """The different values of these fields, in order of appearance."""
-    return list(dict.fromkeys(tuple(result[name] for name in names) for result in results))
+def _plan_of(config: RunConfig, case: Case, bench: Bench) -> Plan:
+    shape = shape_of(gpu_model.llama_config(bench.scale), config.lora, bench.dtype)
+    lengths = sizes_of(_pairs(case, bench))
+    work = Workload(lengths, lengths[:0], batch_size=case.pairs, packed=case.packed)
+    return best_plan(config, shape, work, this_device(config, measure=True))
 
 
-def _where(results: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
-    return [r for r in results if all(r[name] == value for name, value in fields.items())]
+# -- the file --
 
 
-def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians over the rounds, a row for each contender, micro-batch and setting."""
-    rows = []
-    for micro_batch, checkpointing, contender in _keys(
-        results, "micro_batch", "checkpointing", "contender"
-    ):
-        row = {"contender": contender, "micro_batch": micro_batch, "checkpointing": checkpointing}
-        own = [r for r in _where(results, **row) if "out_of_memory" not in r]
-        rows.append(row | {n: statistics.median(r[n] for r in own) for n in _MEDIANS if own})
-    return rows
-
-
-def compare(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours divided by TRL's, round by round, over the steps that both took in that round."""
-    ratios = []
-    for micro_batch, checkpointing in _keys(results, "micro_batch", "checkpointing"):
-        row = {"micro_batch": micro_batch, "checkpointing": checkpointing}
-        rounds = [_where(results, **row, round=number) for (number,) in _keys(results, "round")]
-        both = [
-            {r["contender"]: r for r in pair}
-            for pair in rounds
-            if len(pair) == 2 and not any("out_of_memory" in r for r in pair)
-        ]
-        ratios.append(row | _ratio([(pair[OURS], pair[common.TRL]) for pair in both]))
-    return ratios
-
-
-def _ratio(both: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    if not both:
-        return {}
-    speed, peak = [], []
-    for ours, theirs in both:
-        common_steps = list(zip(ours["step_seconds"], theirs["step_seconds"], strict=False))
-        mine, other = (sum(seconds) for seconds in zip(*common_steps, strict=True))
-        speed.append(other / mine)
-        peak.append(ours["peak_gib"] / theirs["peak_gib"])
-    ours, theirs = both[0]
-    return {
-        "pairs_per_second": {"median": statistics.median(speed), "rounds": speed},
-        "peak_gib": {"median": statistics.median(peak), "rounds": peak},
-        "first_loss_difference": ours["first_loss"] - theirs["first_loss"],
-    }
-
-
-_MEDIANS = (
-    *("pairs_per_second", "tokens_per_second", "tokens_per_pair", "peak_gib", "reserved_gib"),
-    *("busy", "useful", "first_loss"),
-)
-
-
-def _cell(name: str, form: str) -> Callable[[dict[str, Any]], str]:
-    return lambda row: format(row[name], form) if name in row else "–"
-
-
-_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "contender": lambda row: _title(row["contender"]),
-    "pairs": _cell("micro_batch", "d"),
-    "checkpointing": lambda row: "on" if row["checkpointing"] else "off",
-    "pairs/s": lambda row: _speed(row),
-    "tokens/s": _cell("tokens_per_second", ".0f"),
-    "tokens/pair": _cell("tokens_per_pair", ".0f"),
-    "peak GiB": _cell("peak_gib", ".2f"),
-    "reserved": _cell("reserved_gib", ".2f"),
-    "busy": _cell("busy", ".1%"),
-    "useful": _cell("useful", ".1%"),
-    "first loss": _cell("first_loss", ".4f"),
-}
-
-
-def _speed(row: dict[str, Any]) -> str:
-    if "pairs_per_second" not in row:
-        return "out of memory"
-    split = f" ({row['cut_to']} at once: memory ran out)" if row.get("cut_to") else ""
-    return f"{row['pairs_per_second']:.3f}{split}"
-
-
-def _title(contender: str) -> str:
-    return "TRL" if contender == common.TRL else "GaPO-Lite"
-
-
-def _case_line(result: dict[str, Any]) -> str:
-    setting = f"{result['micro_batch']} pairs, checkpointing {_on(result)}"
-    cells = f"{_title(result['contender']):10}{_speed(result)}"
-    if "out_of_memory" not in result:
-        cells += f" pairs/s, {result['peak_gib']:.2f} GiB, {len(result['step_seconds'])} steps"
-    return f"round {result['round']}, {setting}: {cells}"
-
-
-def _ratio_line(ratio: dict[str, Any]) -> str:
-    setting = f"{ratio['micro_batch']} pairs, checkpointing {_on(ratio)}"
-    if "peak_gib" not in ratio:
-        return f"GaPO-Lite / TRL, {setting}: not both of them ran"
-    speed, peak = ratio["pairs_per_second"], ratio["peak_gib"]
-    return (
-        f"GaPO-Lite / TRL, {setting}: {speed['median']:.2f} times the pairs/s "
-        f"({', '.join(f'{v:.2f}' for v in speed['rounds'])}), {peak['median']:.2f} of the peak "
-        f"memory, first loss {ratio['first_loss_difference']:+.1e}"
-    )
-
-
-def _on(row: dict[str, Any]) -> str:
-    return "on" if row["checkpointing"] else "off"
-
-
-def _check_losses(ratios: list[dict[str, Any]]) -> None:
-    worst = max((abs(r["first_loss_difference"]) for r in ratios if "peak_gib" in r), default=0.0)
-    if not worst <= LOSS_TOLERANCE:
-        raise SystemExit(
-            f"The contenders do not compute the same: first losses differ by {worst:.2g}, more "
-            f"than {LOSS_TOLERANCE}."
-        )
+def _write(
+    options: argparse.Namespace,
+    machine: dict[str, Any],
+    results: dict[str, list[dict[str, Any]]],
+    ratios: list[dict[str, Any]],
+) -> None:
+    """Each part with its machine; parts of an earlier call that were not measured now stay."""
+    hidden = ("json", "turn", "parts")
+    settings = {name: value for name, value in vars(options).items() if name not in hidden}
+    written = json.loads(options.json.read_text()) if options.json.is_file() else {}
+    for part, rows in results.items():
+        written[part] = {"machine": machine, "settings": settings, "summary": summarize(rows)}
+        written[part] |= {"measurements": rows, **({"ratios": ratios} if part == "trl" else {})}
+    common.write_json(options.json, written)
 
 
 if __name__ == "__main__":

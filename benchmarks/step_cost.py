@@ -160,13 +160,14 @@ def measure(contender: str, point: Point, options: argparse.Namespace) -> dict[s
         clock = common.StepClock(warmup=1)
         trainer.add_callback(clock)
         trainer.train()
-    timed_pairs = options.steps * point.pairs
+    peak, timed_pairs = peak_resident_bytes(), options.steps * point.pairs
     return {
         "contender": contender,
         **asdict(point),
         "seconds_per_pair": sum(clock.seconds) / timed_pairs,
         "cpu_seconds_per_pair": sum(clock.cpu_seconds) / timed_pairs,
-        "above_model_gib": (peak_resident_bytes() - model_bytes) / GIB,
+        "peak_gib": peak / GIB,
+        "above_model_gib": (peak - model_bytes) / GIB,
         "first_loss": float(trainer.step_losses[0]),
     }
 
@@ -219,12 +220,12 @@ def draw(result: dict[str, Any], axes: dict[str, list[Point]], file: Path) -> No
     rows = {"seconds_per_pair": "seconds a pair", "above_model_gib": "GiB above the model"}
     figure, places = pyplot.subplots(2, 3, figsize=(10, 5), sharey="row", sharex="col")
     for line, (key, label) in zip(places, rows.items(), strict=True):
+        line[0].set_ylim(0, 1.05 * max(row[key] for row in result["measurements"]))
         for place, (axis, of_axis) in zip(line, axes.items(), strict=True):
             x = [position(axis, point) for point in of_axis]
             for contender, colour in ((common.TRL, "#8a8f98"), (OURS, "#2563eb")):
                 y = [found[contender, point][key] for point in of_axis]
                 place.plot(x, y, "o-", color=colour, label=_TITLES[contender], markersize=4)
-            place.set_ylim(bottom=0)
             place.grid(alpha=0.25)
             place.spines[["top", "right"]].set_visible(False)
             if axis != "prompt share":

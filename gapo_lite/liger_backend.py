@@ -32,12 +32,22 @@ def load_liger_base(name: str, *, device: torch.device | str, **source: Any) -> 
     """
     _check_machine(torch.device(device))
     base = load_base(name, device=device, **source)
+    put_kernels_into(base, name)
+    return base
+
+
+def put_kernels_into(base: PreTrainedModel, name: str) -> None:
+    """Liger's kernels into the layers of a model that is there already.
+
+    Raises:
+        ModelError: there is no GPU, Liger is not installed, or it does not fit this model.
+    """
+    _check_machine(base.device)
     if why := _why_not(base.config):
         raise ModelError(
             f"model.backend: liger cannot be used with {name}: {why}. Use backend: transformers."
         )
     _patch(base)
-    return base
 
 
 def _check_machine(device: torch.device) -> None:
