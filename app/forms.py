@@ -3,7 +3,7 @@
 Every setting of the configuration is a field, with its own description, so that what the screen
 shows, the YAML says and the command does are the same. A field's value is what its input holds:
 
-    number   float, or None where it is empty        choice   one of `choices`
+    number   float; None or "" where it is empty      choice   one of `choices`
     integer  the same, whole                          flag     True or False
     text     str, "" for none                         many     list of some of `choices`
     names    str, separated by commas                 lines    str, an item a line
@@ -354,6 +354,8 @@ def _meant(field: FormField, value: Any) -> Any:
     if field.kind == "text":
         text = value.strip() if isinstance(value, str) else value
         return text or None
+    if field.kind in ("number", "integer") and value == "":
+        return None
     if field.kind == "integer" and isinstance(value, float) and value.is_integer():
         return int(value)
     return value

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from app import curves, figures, forms, history, jobs, results, talks
+from app import curves, figures, forecasts, forms, history, jobs, results, talks
 from app.data_services import BASE_MODEL, DataServices, uploaded
 from app.downloads import text_file
 from app.pairs import PairSets
@@ -86,6 +86,22 @@ class Services:
         run = jobs.start(config, self.runs_dir, given or None, forms.default_name(config))
         self.give_way()
         return run
+
+    def will_it_fit(self, values: Mapping[str, Any], card: Any) -> forecasts.Question:
+        """The question what a filled form takes on a card; `outlooks` answers it.
+
+        Raises:
+            GapoError: as `start`, of settings, data and model; or there is no such card.
+        """
+        return forecasts.asked(self.data.places.check_config(forms.config_of(values)), card)
+
+    def outlooks(self, question: forecasts.Question) -> Iterator[forecasts.Outlook]:
+        """How far the answer is, and last the answer; see forecasts.answers.
+
+        Raises:
+            GapoError: model or data are not usable.
+        """
+        return forecasts.answers(question, self.runs_dir)
 
     def resume(self, name: str) -> None:
         """Goes on with a run.

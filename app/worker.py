@@ -1,4 +1,5 @@
-"""What the Data tab needs torch for, in a short-lived process: `python -m app.worker TASK`.
+"""What the Data tab and Will it fit? need torch for, in a short-lived process:
+`python -m app.worker TASK`.
 
 It is a process of its own so that the server never imports torch and a person can stop it at any
 time. It reads its arguments as one line of JSON on stdin, and ends when stdin does, which is when
@@ -6,9 +7,10 @@ the server has ended or nobody wants the result any more. On stdout it writes
 
     {"done": 256, "total": 3101}                     as often as there is something to say
     {"error": message, "kind": "ModelError"}         where it is a person's to mend
+    {"answer": {…}}                                  of a forecast, at its end
 
-and its result goes into the cache: token lengths into `lengths/` (see `lengths_path`), scores into
-the same files that training looks for (gapo_lite.ef.cache).
+and what it measures goes into the cache: token lengths into `lengths/` (see `lengths_path`), scores
+into the same files that training looks for (gapo_lite.ef.cache).
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.children import environment, own_stdout
+from gapo_lite.config import parse_config
 from gapo_lite.data import data_fingerprint, load_pairs
 from gapo_lite.ef import cache as ef_cache
 from gapo_lite.ef import check_options
@@ -54,12 +57,15 @@ _SECONDS_A_SIGN = 0.5
 # -- the server's side --
 
 
-def run_task(task: str, arguments: dict[str, Any]) -> Iterator[tuple[int, int]]:
+def run_task(
+    task: str, arguments: dict[str, Any], answer: dict[str, Any] | None = None
+) -> Iterator[tuple[int, int]]:
     """Runs a task in a process of its own; closing the iterator ends that process.
 
     Args:
         task: a key of TASKS.
         arguments: what JSON can hold.
+        answer: what the task returns is put in here.
 
     Yields:
         (done, total), at least twice a second, so that whoever waits can also stop; (0, 0) while
@@ -68,11 +74,12 @@ def run_task(task: str, arguments: dict[str, Any]) -> Iterator[tuple[int, int]]:
     Raises:
         GapoError: what the task says, or the process ended without a word.
     """
+    needs_no_gpu = task == "lengths" or bool(arguments.get("gpu"))  # a card that need not be here
     process = subprocess.Popen(
         [sys.executable, "-m", "app.worker", task],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=environment() | ({"CUDA_VISIBLE_DEVICES": ""} if task == "lengths" else {}),
+        env=environment() | ({"CUDA_VISIBLE_DEVICES": ""} if needs_no_gpu else {}),
         start_new_session=True,
     )
     try:
@@ -80,7 +87,7 @@ def run_task(task: str, arguments: dict[str, Any]) -> Iterator[tuple[int, int]]:
         with suppress(BrokenPipeError):  # it has ended already; its end says why
             stdin.write(json.dumps(arguments).encode() + b"\n")
             stdin.flush()
-        yield from _messages(cast("IO[bytes]", process.stdout))
+        yield from _messages(cast("IO[bytes]", process.stdout), {} if answer is None else answer)
         if process.wait() != 0:
             raise RunError(
                 f"the process for the {task} has ended unexpectedly (status {process.returncode}), "
@@ -120,8 +127,8 @@ def read_lengths(path: Path, num_pairs: int) -> NDArray[np.int32] | None:
     return lengths if lengths.shape == (num_pairs, 3) and lengths.dtype == np.int32 else None
 
 
-def _messages(stdout: IO[bytes]) -> Iterator[tuple[int, int]]:
-    """Progress until the end of `stdout`."""
+def _messages(stdout: IO[bytes], answer: dict[str, Any]) -> Iterator[tuple[int, int]]:
+    """Progress until the end of `stdout`; an answer is put into `answer`."""
     last, rest = (0, 0), b""
     with selectors.DefaultSelector() as selector:
         selector.register(stdout, selectors.EVENT_READ)
@@ -134,6 +141,9 @@ def _messages(stdout: IO[bytes]) -> Iterator[tuple[int, int]]:
                 for message in map(json.loads, lines):
                     if "error" in message:
                         raise _ERRORS[message["kind"]](message["error"])
+                    if "answer" in message:
+                        answer.update(message["answer"])
+                        continue
                     last = (message["done"], message["total"])
             yield last
 
@@ -147,7 +157,10 @@ def main() -> None:
     arguments = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
-        TASKS[sys.argv[1]](arguments, lambda done, total: tell({"done": done, "total": total}))
+        task = TASKS[sys.argv[1]]
+        answer = task(arguments, lambda done, total: tell({"done": done, "total": total}))
+        if answer is not None:
+            tell({"answer": answer})
     except GapoError as error:
         tell({"error": str(error), "kind": type(error).__name__})
 
@@ -215,9 +228,27 @@ def measure_scores(arguments: dict[str, Any], progress: Progress) -> None:
         done += len(part)
 
 
-TASKS: dict[str, Callable[[dict[str, Any], Progress], None]] = {
+def make_forecast(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """What a run would take: gapo_lite.forecast.
+
+    Args:
+        arguments: config, gpu (as `gapo-lite plan --gpu` takes it, or None) and runs_dir.
+        progress: called with (pairs whose tokens are counted, all).
+
+    Raises:
+        GapoError: data or model can't be used.
+    """
+    from gapo_lite.forecast import forecast  # imports torch
+
+    config, runs_dir = parse_config(arguments["config"]), Path(arguments["runs_dir"])
+    found = forecast(config, gpu=arguments["gpu"], runs_dir=runs_dir, progress=progress)
+    return found.to_json()
+
+
+TASKS: dict[str, Callable[[dict[str, Any], Progress], dict[str, Any] | None]] = {
     "lengths": measure_lengths,
     "scores": measure_scores,
+    "forecast": make_forecast,
 }
 
 

@@ -227,13 +227,18 @@ def turns(options: argparse.Namespace) -> Iterator[Turn]:
     if "trl" in options.parts:
         for number in range(1, options.rounds + 1):
             for contender in options.contenders:
-                cases = tuple(
-                    Case(contender, pairs, float(checkpointing == "on"), round=number,
-                         packed=contender == OURS)
+                both = [
+                    tuple(
+                        Case(contender, pairs, float(checkpointing == "on"), round=number,
+                             packed=contender == OURS)
+                        for pairs in options.micro_batch
+                    )
                     for checkpointing in options.checkpointing
-                    for pairs in options.micro_batch
-                )  # fmt: skip
-                yield Turn("trl", cases, ("unsloth",) if contender == UNSLOTH else ())
+                ]  # fmt: skip
+                if contender == UNSLOTH:  # is told of recomputation when it loads the model
+                    yield from (Turn("trl", cases, ("unsloth",)) for cases in both)
+                else:
+                    yield Turn("trl", sum(both, ()))
     if "levers" in options.parts:
         yield from lever_turns(options.batch)
     if "caps" in options.parts:
@@ -343,7 +348,12 @@ def _policy(
 ) -> PeftModel:
     base = gpu_model.random_base(scale, device, dtype, options.seed)
     if "unsloth" in turn.prepared:
-        return _unsloth_policy(base, scale, dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            gpu_model.save_base(base, Path(folder), dtype)
+            del base
+            gc.collect()
+            torch.cuda.empty_cache()
+            return _unsloth_policy(folder, turn, scale, dtype)
     if "liger" in turn.prepared:
         from gapo_lite.liger_backend import put_kernels_into
 
@@ -354,28 +364,24 @@ def _policy(
     return policy
 
 
-def _unsloth_policy(base: Any, scale: Scale, dtype: torch.dtype) -> PeftModel:
+def _unsloth_policy(folder: str, turn: Turn, scale: Scale, dtype: torch.dtype) -> PeftModel:
     """The same weights through Unsloth's own loader."""
-    from unsloth import FastLanguageModel
+    from gapo_lite.unsloth_backend import load_unsloth_policy
 
-    with tempfile.TemporaryDirectory() as folder:
-        gpu_model.save_base(base, Path(folder), dtype)
-        del base
-        gc.collect()
-        torch.cuda.empty_cache()
-        model, _ = FastLanguageModel.from_pretrained(
-            folder, max_seq_length=scale.max_length, dtype=dtype, load_in_4bit=True
-        )
-    return FastLanguageModel.get_peft_model(
-        model,
-        r=RANK,
-        lora_alpha=2 * RANK,
-        lora_dropout=0.0,
-        target_modules=[
-            *("q_proj", "k_proj", "v_proj", "o_proj"),
-            *("gate_proj", "up_proj", "down_proj"),
-        ],
-        use_gradient_checkpointing=False,  # set for each case
+    if "Unsloth" not in common.CPOTrainer.__name__:
+        raise ModelError("Unsloth has not patched TRL's CPOTrainer: nothing to compare with")
+    return load_unsloth_policy(
+        folder,
+        revision=None,
+        quantization="nf4",
+        dtype=dtype,
+        max_length=scale.max_length,
+        rank=RANK,
+        alpha=2 * RANK,
+        dropout=0.0,
+        target_modules="all-linear",
+        gradient_checkpointing=bool(turn.cases[0].recomputed),
+        seed=42,
     )
 
 
@@ -396,9 +402,7 @@ def measure(case: Case, bench: Bench) -> dict[str, Any]:
 
 def _prepare(case: Case, bench: Bench) -> None:
     """The same adapter for every case, nothing left of the case before, peaks from here on."""
-    if case.contender == UNSLOTH:
-        bench.policy.for_training(use_gradient_checkpointing=bool(case.recomputed))
-    else:
+    if case.contender != UNSLOTH:
         causal_model(bench.policy).set_attn_implementation(SHARED_PREFIX if case.packed else "sdpa")
         set_recomputation(bench.policy, case.recomputed)
     if case.tile_rows:

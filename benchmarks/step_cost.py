@@ -111,7 +111,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--longest", type=int, default=1024, help="tokens of prompt and response, at most")
-    add("--steps", type=int, default=3, help="timed steps of each point")
+    add("--steps", type=int, default=2, help="timed steps of a point; of small ones more")
     add("--model", default="embedded:smollm2-135m-instruct")
     add("--data", default=training_step.parse_options([]).data)
     add("--json", type=Path, help="also write all figures to this file")
@@ -139,7 +139,8 @@ def measure(contender: str, point: Point, options: argparse.Namespace) -> dict[s
     """Trains a warm-up step and the timed ones, and says what they took."""
     disable_progress_bars()
     settings = training_step.parse_options(["--model", options.model])
-    steps = 1 + options.steps
+    timed = options.steps * max(1, round(2 * 512 / (point.pairs * point.length)))
+    steps = 1 + timed
     pairs = cut_pairs(options, point, steps * point.pairs, settings.gamma)
     policy = training_step.make_policy(settings)
     model_bytes = common.resident_bytes()
@@ -160,10 +161,11 @@ def measure(contender: str, point: Point, options: argparse.Namespace) -> dict[s
         clock = common.StepClock(warmup=1)
         trainer.add_callback(clock)
         trainer.train()
-    peak, timed_pairs = peak_resident_bytes(), options.steps * point.pairs
+    peak, timed_pairs = peak_resident_bytes(), timed * point.pairs
     return {
         "contender": contender,
         **asdict(point),
+        "steps": timed,
         "seconds_per_pair": sum(clock.seconds) / timed_pairs,
         "cpu_seconds_per_pair": sum(clock.cpu_seconds) / timed_pairs,
         "peak_gib": peak / GIB,

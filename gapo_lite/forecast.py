@@ -8,6 +8,7 @@ alone, so that the same run on the same kind of machine is cut in the same way.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,11 +19,12 @@ import torch
 
 from gapo_lite.batching import MicroBatchLimits
 from gapo_lite.config import RunConfig
+from gapo_lite.devices import GPUS, Device, device_named
 from gapo_lite.errors import ConfigError, ModelError, RunError
 from gapo_lite.lengths import count_tokens, shortened
 from gapo_lite.memory import GIB, total_memory_bytes
 from gapo_lite.model import load_model_config, load_tokenizer, pick_device, pick_precision
-from gapo_lite.plan import GPUS, Device, Dials, Plan, Workload, advice, best_plan, sizes_of
+from gapo_lite.plan import SHARES, Dials, Plan, Workload, advice, best_plan, sizes_of
 from gapo_lite.preparation import Prepared, load_and_split
 from gapo_lite.runs import list_runs
 from gapo_lite.shape import ModelShape, shape_of
@@ -41,7 +43,7 @@ class Forecast:
         work: the pairs.
         device: where.
         plan: what to expect.
-        advice: settings that would make it fit, "" where it does or none would.
+        advice: settings that would make it fit, by key; empty where it does or none would.
         measured: of runs like it that have been: each one's name, peak in GiB and tokens a second.
     """
 
@@ -50,12 +52,40 @@ class Forecast:
     work: Workload
     device: Device
     plan: Plan
-    advice: str
+    advice: dict[str, Any]
     measured: list[tuple[str, float, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        """What a person is shown of it, as plain data; memory in GiB."""
+        plan, device, shares = self.plan, self.device, SHARES[self.device.is_cpu]
+        return {
+            "device": device.name,
+            "is_cpu": device.is_cpu,
+            "matrix_rate": device.flops,
+            "memory": device.memory / GIB,
+            "usable": shares.memory * device.memory / GIB,
+            "basis": shares.basis,
+            "pairs": len(self.work.lengths),
+            "tokens_a_pair": float(self.work.lengths.sum(axis=1).mean()),
+            "fits": plan.fits,
+            "peak": plan.peak / GIB,
+            "parts": {name: size / GIB for name, size in plan.parts.items()},
+            "dials": dials_in_words(plan),
+            "pairs_per_second": plan.pairs_per_second,
+            "tokens_per_second": plan.tokens_per_second,
+            "step_seconds": plan.step_seconds,
+            "hours": plan.hours,
+            "advice": self.advice,
+            "measured": self.measured,
+        }
 
 
 def forecast(
-    config: RunConfig, *, gpu: str | None = None, runs_dir: Path | None = None
+    config: RunConfig,
+    *,
+    gpu: str | None = None,
+    runs_dir: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Forecast:
     """Reads the data and counts its tokens; loads no weights.
 
@@ -63,6 +93,7 @@ def forecast(
         config: what is planned.
         gpu: a key of GPUS; None plans for this machine.
         runs_dir: where runs lie that may have measured the same.
+        progress: called with (pairs whose tokens are counted, all pairs) now and then.
 
     Raises:
         ConfigError: there is no such card in the table.
@@ -72,9 +103,8 @@ def forecast(
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
     _, train_pairs, heldout_pairs = load_and_split(config, [])
     limits = config.data.max_length, config.data.max_prompt_length
-    lengths, heldout = (
-        shortened(count_tokens(pairs, tokenizer), *limits) for pairs in (train_pairs, heldout_pairs)
-    )
+    counted = count_tokens([*train_pairs, *heldout_pairs], tokenizer, progress)
+    lengths, heldout = (shortened(part, *limits) for part in np.split(counted, [len(train_pairs)]))
     work = Workload(
         lengths.astype(np.int64),
         heldout.astype(np.int64),
@@ -86,7 +116,7 @@ def forecast(
     shape = _shape(config, torch.bfloat16 if gpu else _dtype(config))
     plan = best_plan(config, shape, work, device)
     measured = [] if gpu or runs_dir is None else _measured(config, runs_dir)
-    remedy = "" if plan.fits else advice(config, shape, work, device)
+    remedy = {} if plan.fits else advice(config, shape, work, device)
     return Forecast(config, shape, work, device, plan, remedy, measured)
 
 
@@ -116,29 +146,22 @@ def settle(config: RunConfig, prepared: Prepared, *, processes: int = 1) -> tupl
 
 def describe(plan: Plan, device: Device) -> str:
     """The plan in a sentence."""
+    fit = "" if plan.fits else f"; this may not fit {device.memory / GIB:.0f} GiB"
+    return (
+        f"{dials_in_words(plan)}: about {plan.peak / GIB:.1f} GiB at the peak on "
+        f"{device.name} (estimated){fit}."
+    )
+
+
+def dials_in_words(plan: Plan) -> str:
+    """What a plan takes at once, and what it keeps."""
     dials = plan.dials
     parts = [
         f"at most {plan.micro_batch_tokens:,} tokens a forward pass",
         f"activations of {dials.recomputed:.0%} of the layers computed again",
         "4-bit weights kept dequantised" if dials.dequantized else "",
     ]
-    fit = "" if plan.fits else f"; this may not fit {device.memory / GIB:.0f} GiB"
-    return (
-        f"{', '.join(filter(None, parts))}: about {plan.peak / GIB:.1f} GiB at the peak on "
-        f"{device.name} (estimated){fit}."
-    )
-
-
-def device_named(gpu: str) -> Device:
-    """A card of the table.
-
-    Raises:
-        ConfigError: it is not in it.
-    """
-    key = gpu.lower().removeprefix("rtx").strip(" -")
-    if key not in GPUS:
-        raise ConfigError(f"no card {gpu!r} is known. There are: {', '.join(GPUS)}.")
-    return GPUS[key]
+    return ", ".join(filter(None, parts))
 
 
 def this_device(config: RunConfig, *, measure: bool) -> Device:

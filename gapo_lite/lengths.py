@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from gapo_lite.types import PreferencePair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Integer = TypeVar("Integer", bound=np.integer)
 
 _PAIRS_A_REPORT = 256
 
@@ -86,8 +88,8 @@ def cut(lengths: NDArray[np.int32], max_length: int, max_prompt_length: int) -> 
 
 
 def shortened(
-    lengths: NDArray[np.int32], max_length: int, max_prompt_length: int
-) -> NDArray[np.int32]:
+    lengths: NDArray[Integer], max_length: int, max_prompt_length: int
+) -> NDArray[Integer]:
     """(M, 3) the lengths after these limits, of the pairs that are left."""
     kept, room = _kept(lengths, max_length, max_prompt_length)
     responses = np.minimum(lengths[:, 1:], room[:, None])
@@ -95,8 +97,8 @@ def shortened(
 
 
 def _kept(
-    lengths: NDArray[np.int32], max_length: int, max_prompt_length: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    lengths: NDArray[Integer], max_length: int, max_prompt_length: int
+) -> tuple[NDArray[Integer], NDArray[Integer]]:
     """(N,) tokens that each prompt keeps, and how many there are then for a response."""
     prompt, longest = lengths[:, 0], lengths[:, 1:].max(axis=1, initial=0)
     kept = np.minimum(prompt, np.maximum(max_length - longest, max_prompt_length))

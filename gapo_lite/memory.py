@@ -6,8 +6,10 @@ import os
 import re
 import resource
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 _STATUS = Path("/proc/self/status")
@@ -17,6 +19,8 @@ _CGROUP = Path("/sys/fs/cgroup/memory.max")
 def peak_memory_gib() -> float:
     """Peak memory of this process, in GiB: allocated on the GPU, or resident where there is
     none."""
+    import torch  # takes seconds, and who reads GIB alone has no use for it
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
     return peak_resident_bytes() / GIB

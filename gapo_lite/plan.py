@@ -1,7 +1,7 @@
 """Will it fit, and how long will it take: memory, speed and the dials that decide them.
 
     shape = shape_of(model_config, config.lora, dtype)
-    plan = best_plan(config, shape, lengths, GPUS["h100"])
+    plan = best_plan(config, shape, work, GPUS["h100"])
 
 By arithmetic alone, so that it answers for a card that is not here. Peak memory is the weights, the
 adapter with its gradient and AdamW's two moments, what autograd keeps of the largest micro-batch,
@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 
 from gapo_lite.batching import MicroBatchLimits, num_tokens
 from gapo_lite.config import RunConfig
+from gapo_lite.devices import Device
+from gapo_lite.lengths import shortened
 from gapo_lite.logps import TILE_ROWS
 from gapo_lite.memory import GIB
 from gapo_lite.objectives import OBJECTIVES
@@ -35,53 +37,11 @@ below 4 % of a pass."""
 RECOMPUTED = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of layers that are tried where none is set."""
 
+SHORTER = (1024, 768, 512, 384, 256)
+"""Values of data.max_length that are tried where no dial makes it fit."""
+
 _STEPS_LOOKED_AT = 200  # enough to know how well micro-batches are filled
 _AS_FAST = 1.02  # less than 2 % slower counts as equally fast; then less memory wins
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """What a plan is made for.
-
-    Attributes:
-        name: for a person.
-        memory: bytes that may be taken.
-        flops: operations a second of a large matrix product (of a GPU: NVIDIA's dense bfloat16).
-        bandwidth: bytes a second of its memory.
-        is_cpu: whether it is this machine's CPU.
-    """
-
-    name: str
-    memory: float
-    flops: float
-    bandwidth: float
-    is_cpu: bool = False
-
-
-def _gpu(name: str, gib: float, tflops: float, gbps: float) -> Device:
-    return Device(name, gib * GIB, tflops * 1e12, gbps * 1e9)
-
-
-GPUS = {
-    "3060": _gpu("RTX 3060 12 GB", 12, 25, 360),
-    "3090": _gpu("RTX 3090", 24, 71, 936),
-    "4060ti": _gpu("RTX 4060 Ti 16 GB", 16, 44, 288),
-    "4070": _gpu("RTX 4070", 12, 58, 504),
-    "4080": _gpu("RTX 4080", 16, 97, 717),
-    "4090": _gpu("RTX 4090", 24, 165, 1008),
-    "5090": _gpu("RTX 5090", 32, 210, 1792),
-    "a10g": _gpu("A10G", 24, 70, 600),
-    "l4": _gpu("L4", 24, 60, 300),
-    "l40s": _gpu("L40S", 48, 362, 864),
-    "a6000": _gpu("RTX A6000", 48, 155, 768),
-    "a100-40": _gpu("A100 40 GB", 40, 312, 1555),
-    "a100": _gpu("A100 80 GB", 80, 312, 2039),
-    "h100": _gpu("H100 SXM", 80, 989, 3350),
-    "h200": _gpu("H200", 141, 989, 4800),
-    "b200": _gpu("B200", 180, 2250, 8000),
-}
-"""Cards by the name that `--gpu` takes: memory, dense bfloat16 rate with float32 sums, bandwidth,
-from NVIDIA's data sheets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +56,12 @@ class Shares:
             written in its forward and backward pass together.
         layer_seconds: what a layer costs in each pass beside that, however little goes through it:
             Python, and starting kernels.
-        activations: how many times the bytes that autograd keeps are held; a CPU's allocator and
-            kernels take more.
+        activations: how many times the bytes that autograd keeps are held; a CPU's kernels take
+            more.
+        holes: how many times that where the lengths of the pairs differ: between blocks of many
+            sizes, the C library's heap keeps room that it cannot use.
         held: bytes of the process before the model.
+        basis: where these come from, for a person.
     """
 
     flops: float
@@ -107,15 +70,38 @@ class Shares:
     passes_over_activations: float
     layer_seconds: float
     activations: float
+    holes: float
     held: float
+    basis: str
 
 
 SHARES = {
-    False: Shares(0.6, 0.8, 0.92, 8.0, 3e-4, 1.0, 0.6 * GIB),
-    True: Shares(0.58, 0.62, 0.7, 8.0, 3e-4, 2.72, 0.6 * GIB),
+    False: Shares(
+        flops=0.6,
+        bandwidth=0.8,
+        memory=0.92,
+        passes_over_activations=8.0,
+        layer_seconds=3e-4,
+        activations=1.0,
+        holes=1.0,
+        held=0.6 * GIB,
+        basis="the shares of a card's rate and bandwidth that are reached are assumptions, none of "
+        "them measured yet",
+    ),
+    True: Shares(
+        flops=0.58,
+        bandwidth=0.62,
+        memory=0.7,
+        passes_over_activations=8.0,
+        layer_seconds=3e-4,
+        activations=2.1,
+        holes=1.24,
+        held=0.75 * GIB,
+        basis="with constants fitted to three benchmarks on another day",
+    ),
 }
 """By Device.is_cpu. Those of a GPU are assumptions: none has been measured. Those of a CPU are
-fitted to two benchmarks, and give what these measured within a tenth: tests/test_plan.py."""
+fitted to three benchmarks, and give what these measured within a tenth: tests/test_plan.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +261,7 @@ def _plan(
         quantized=config.model.quantization == "nf4",
         device=device,
         shards=work.shards,
+        alike=len(np.unique(work.lengths, axis=0)) <= 1,
     )
     step, evaluation = _seconds(shape, work, device, dials, passes)
     training = config.training
@@ -307,6 +294,7 @@ def memory_parts(
     quantized: bool,
     device: Device,
     shards: int = 1,
+    alike: bool = False,
 ) -> dict[str, float]:
     """Bytes at the peak of a training step.
 
@@ -318,8 +306,10 @@ def memory_parts(
         quantized: whether the base is in NF4.
         device: where.
         shards: processes that share the layers' weights.
+        alike: whether all pairs have the same lengths.
     """
     item, shares = shape.item_bytes, SHARES[device.is_cpu]
+    held = shares.activations * (1.0 if alike else shares.holes)
     weight = NF4_BYTES if quantized and not dials.dequantized else item
     tile = min(rows, TILE_ROWS["cpu" if device.is_cpu else "cuda"])
     logits = tile * shape.vocabulary * (4 + item)
@@ -331,9 +321,9 @@ def memory_parts(
         "libraries and driver": shares.held,
         "weights": shape.linear_params * weight / shards + shape.other_params * item,
         "adapter and optimizer": shape.adapter_params * 16,
-        "activations": tokens * shape.layers * kept * shares.activations,
+        "activations": tokens * shape.layers * kept * held,
         "head": 3 * rows * shape.hidden * item + tokens * shape.hidden * item,
-        "at the peak of a pass": max(logits, layer * shares.activations) + largest,
+        "at the peak of a pass": max(logits, layer * held) + largest,
     }
 
 
@@ -362,8 +352,9 @@ def _columns(lengths: NDArray[np.int64]) -> tuple[Any, Any, Any]:
     return lengths[:, 0], lengths[:, 1], lengths[:, 2]
 
 
-def advice(config: RunConfig, shape: ModelShape, work: Workload, device: Device) -> str:
-    """What would make a plan fit that does not, as settings; "" where nothing of the kind helps."""
+def advice(config: RunConfig, shape: ModelShape, work: Workload, device: Device) -> dict[str, Any]:
+    """Settings that would make a plan fit that does not, by their keys: the dials if they do, else
+    shorter pairs as well; empty where nothing of the kind helps."""
     open_dials = {
         "training": config.training.model_copy(
             update={
@@ -374,19 +365,25 @@ def advice(config: RunConfig, shape: ModelShape, work: Workload, device: Device)
         ),
         "model": config.model.model_copy(update={"dequantized_cache": "auto"}),
     }
-    tried = best_plan(config.model_copy(update=open_dials), shape, work, device)
-    if tried.fits:
-        dials = tried.dials
-        cache = "auto" if dials.dequantized else "never"
-        return (
-            f"training.micro_batch_tokens={dials.limits.tokens}, training.micro_batch_size=null, "
-            f"training.gradient_checkpointing={dials.recomputed:g}, model.dequantized_cache={cache}"
-        )
-    for length in (1024, 768, 512, 384, 256):
-        shorter = replace(work, lengths=np.minimum(work.lengths, length // 2))
-        if best_plan(config.model_copy(update=open_dials), shape, shorter, device).fits:
-            return f"data.max_length={length}, and the dials left open"
-    return ""
+    opened = config.model_copy(update=open_dials)
+    longest, prompt = config.data.max_length, config.data.max_prompt_length
+    shorter = [(length, min(prompt, length // 2)) for length in SHORTER if length < longest]
+    for limits in [(longest, prompt), *shorter]:
+        lengths = shortened(work.lengths, *limits)
+        tried = best_plan(opened, shape, replace(work, lengths=lengths), device)
+        if tried.fits:
+            cut = dict(zip(("data.max_length", "data.max_prompt_length"), limits, strict=True))
+            return _as_settings(tried.dials) | (cut if limits in shorter else {})
+    return {}
+
+
+def _as_settings(dials: Dials) -> dict[str, Any]:
+    return {
+        "training.micro_batch_tokens": dials.limits.tokens,
+        "training.micro_batch_size": dials.limits.pairs,
+        "training.gradient_checkpointing": dials.recomputed,
+        "model.dequantized_cache": "auto" if dials.dequantized else "never",
+    }
 
 
 def sizes_of(pairs: Sequence[Any]) -> NDArray[np.int64]:

@@ -216,7 +216,10 @@ def show_forecast(forecast: Forecast) -> None:
     for name, peak, speed in forecast.measured:
         note(f"measured in the run {name}: {peak:.1f} GiB, {speed:,.0f} tokens a second.")
     if not plan.fits:
-        remedy = f"It would with {forecast.advice}." if forecast.advice else "Nothing here helps."
+        settings = ", ".join(
+            f"{key}={'null' if value is None else value}" for key, value in forecast.advice.items()
+        )
+        remedy = f"It would with {settings}." if settings else "Nothing here helps."
         note(f"This does not fit. {remedy}")
 
 

@@ -27,7 +27,7 @@ from gapo_lite.model import (
 from gapo_lite.types import PreferencePair
 
 SMOL = "embedded:smollm2-135m-instruct"
-MAX_LENGTH = 160
+MAX_LENGTH = 192
 
 
 WHOLE = MicroBatchLimits()

@@ -67,11 +67,18 @@ def input_updates(
     there = forms.used(chosen)
     updates = []
     for key in keys:
-        changed = {"value": values[key]} if key in values else {}
+        changed = {"value": held(key, values[key])} if key in values else {}
         if key in forms.OPTIONAL:
             changed |= {"visible": key in there or HIDDEN} | _hints(key, chosen)
         updates.append(gr.update(**changed) if changed else gr.skip())
     return updates
+
+
+def held(key: str, value: Any) -> Any:
+    """What the input of a setting is given: an empty number is "", because Gradio's makes a 0 of
+    None when it comes into sight, which to a share of layers, say, is not the same."""
+    is_number = forms.fields()[key].kind in ("number", "integer")
+    return "" if value is None and is_number else value
 
 
 def input_of(
@@ -87,7 +94,7 @@ def input_of(
     shared: dict[str, Any] = {
         "label": field.label,
         "info": field.info,
-        "value": values[field.key],
+        "value": held(field.key, values[field.key]),
         "min_width": 140,
         "visible": field.key not in forms.OPTIONAL or field.key in forms.used(values) or HIDDEN,
     }
@@ -100,7 +107,8 @@ def input_of(
     if field.kind == "flag":
         return gr.Checkbox(**shared)
     if field.kind in ("number", "integer"):
-        return gr.Number(**shared, **{"step": field.step, **_hints(field.key, values)})
+        about = {"step": field.step, "placeholder": "not set", **_hints(field.key, values)}
+        return gr.Number(**shared, **about)
     return gr.Textbox(
         **shared,
         lines=_LINES.get(field.key, 3) if field.kind == "lines" else 1,

@@ -12,6 +12,7 @@ from app.downloads import text_file
 from app.live import View
 from app.notices import calm, say
 from app.services import Services
+from app.tabs import fit
 from app.tabs.downloads import download_button
 from app.tabs.settings import Inputs, input_of, wire_choices
 from gapo_lite.config import RunConfig
@@ -101,7 +102,8 @@ class _Form:
             max_lines=1,
             info="Empty: named after objective and margin.",
         )
-        self.start = gr.Button("Start training", variant="primary", size="lg")
+        self.start = gr.Button("Start training", variant="primary", size="lg", render=False)
+        self.fit = fit.Fit(self.start)
         self.problem = gr.HTML("", js_on_load=None)
         with gr.Accordion("YAML and command", open=False):
             self.yaml = gr.Code(
@@ -225,6 +227,7 @@ def _wire_form(
     )
     form.load.upload(fill_from_yaml, form.load, filled, api_name="load_yaml")
     wire_choices(form.inputs)
+    fit.wire(services, form.fit, form.inputs)
     gr.on(
         [form.start.click, header.click],
         start,

@@ -295,7 +295,10 @@ def check_sentence(error: Any, what: str) -> None:
     assert "<img" not in error, what
 
 
-FORM = ["save_yaml", "summarise", "start", "margins", "measure_bertscore", "count_tokens"]
+FORM = [
+    *("save_yaml", "summarise", "start", "will_it_fit"),
+    *("margins", "measure_bertscore", "count_tokens"),
+]
 
 
 def test_every_input_of_every_endpoint_refuses_what_it_cannot_hold(page, unharmed):
@@ -351,6 +354,7 @@ def test_a_form_full_of_the_same_forgery_is_refused_by_every_endpoint(page, unha
     ("name", "kinds"),
     [
         ("start", ("decoy", "dict", "null")),
+        ("will_it_fit", ("decoy", "dict", "null")),
         ("summarise", ("up", "file", "huge")),
         ("margins", ("decoy model", "list")),
     ],
@@ -363,12 +367,26 @@ def test_every_setting_by_itself_is_refused_or_harmless(page, unharmed, name, ki
         for kind in kinds:
             data = list(honest)
             data[slot] = chosen[kind]
-            if name == "start" and label != "model":
+            if name in ("start", "will_it_fit") and label != "model":
                 data[labels.index("model")] = "/no/such/model"  # else some would be a training
             status, text = page.call(endpoint, data)
             check(page, status, text, f"{name} {label} {kind}", repr(chosen[kind]))
-            if name == "start":
+            if name in ("start", "will_it_fit"):
                 assert status == 500, (label, kind)
+
+
+@pytest.mark.parametrize("card", ["4090", "RTX 4090\0", "", None, 5, [["RTX 4090"]], {"a": 1}])
+def test_a_card_that_is_none_is_refused(page, unharmed, card):
+    endpoint = page.endpoint("will_it_fit")
+    status, text = page.call(endpoint, [card, *page.honest(endpoint)[1:]])
+    check(page, status, text, "will_it_fit", repr(card))
+    assert status == 500
+
+
+def test_settings_that_nobody_was_advised_are_not_filled_in(page, unharmed):
+    status, text = page.call(page.endpoint("use_settings"), [])
+    assert status == 500
+    assert "ask first whether it fits" in json.loads(text)["error"]
 
 
 def test_the_margin_of_data_outside_is_not_told_by_the_summary(page, unharmed):

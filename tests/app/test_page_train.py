@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from browsing import (
     CUT_OFF,
+    PATIENCE_WITH_PROCESSES_MS,
     choose,
     choose_file,
     curves,
@@ -243,6 +244,108 @@ def test_a_form_filled_by_a_preset_or_a_run_shows_what_that_has(
     choose(panel, "start from", "Demo: embedded model, CPU or GPU")
     expect(panel.get_by_role("button", name="Margin: floor")).to_be_visible()
     expect(setting(panel, "objective.beta")).to_have_value("10")
+
+
+def test_an_empty_number_stays_empty_when_it_comes_into_sight(page: Any) -> None:
+    panel = open_tab(page, "Train")
+    choose(panel, "start from", "DPO: Llama-3-8B")  # recomputed layers are left open in it
+    panel.get_by_role("button", name="All other settings").click()
+    for section, keys in (
+        ("Training: schedule", ("max_steps", "micro_batch_tokens", "gradient_checkpointing")),
+        ("Data: splits", ("max_pairs",)),
+    ):
+        panel.get_by_role("button", name=section).click()
+        for key in keys:
+            expect(panel.get_by_label(key.replace("_", " "), exact=True)).to_have_value("")
+    enter(panel, "seed", 8)
+    panel.get_by_role("button", name="YAML and command").click()
+    recipe = ROOT / "configs" / "llama3-8b-dpo.yaml"
+    expect_command(panel, load_config(recipe, ["training.seed=8"]))
+    expect(panel.locator(".warning")).to_have_count(0)
+
+
+# -- will it fit? --
+
+
+def ask_whether_it_fits(panel: Any, words: str) -> None:
+    """Presses the button and waits for an answer that is the form's."""
+    panel.get_by_role("button", name="Will it fit?").click()
+    expect_answer(panel, words)
+
+
+def expect_answer(panel: Any, words: str) -> None:
+    fresh = panel.locator(".outlook:not(.stale) .state")
+    expect(fresh).to_have_text(words, timeout=PATIENCE_WITH_PROCESSES_MS)
+    expect(panel.get_by_role("button", name="Stop asking")).to_be_hidden()
+
+
+def test_this_machine_has_room_for_a_small_run(
+    page: Any, server: Any, tiny_settings: dict[str, Any]
+) -> None:
+    panel = load_settings(page, small_config(server, tiny_settings, *SHORT))
+    expect(panel.get_by_label("card", exact=True)).to_have_value("this machine")
+    ask_whether_it_fits(panel, "it fits")
+    expect(panel.locator(".outlook")).to_contain_text("tokens/s")
+    expect(panel.get_by_role("button", name="Use these settings")).to_be_hidden()
+    assert jobs.active(server.runs_dir) is None
+    enter(panel, "batch size", 3)
+    expect(panel.locator(".outlook.stale")).to_be_visible()
+    expect(panel.get_by_text("For other settings than those of the form now.")).to_be_visible()
+    enter(panel, "batch size", tiny_settings["training"]["batch_size"])
+    expect(panel.locator(".outlook.stale")).to_have_count(0)
+    enter(panel, "batch size", 0)
+    panel.get_by_role("button", name="Will it fit?").click()
+    expect_notice(page, "training.batch_size: input should be greater than or equal to 1, but is 0")
+
+
+def test_settings_that_would_make_it_fit_are_put_into_the_form(page: Any) -> None:
+    panel = open_tab(page, "Train")
+    for label in ("batch size", "micro batch size"):
+        enter(panel, label, 264)
+    choose(panel, "card", "RTX 3060 12 GB")
+    ask_whether_it_fits(panel, "it does not fit")
+    expect(panel.get_by_role("cell", name="training.micro_batch_tokens")).to_be_visible()
+    shoot(page, "train-does-not-fit")
+    panel.get_by_role("button", name="Use these settings").click()
+    expect_notice(page, "These settings are in the form now.")
+    expect(panel.get_by_label("micro batch size", exact=True)).to_have_value("")
+    expect(
+        panel.get_by_text(re.compile(r"264 pairs a step, at most [\d,]+ tokens"))
+    ).to_be_visible()
+    expect_answer(panel, "it fits")
+    expect(panel.get_by_role("button", name="Use these settings")).to_be_hidden()
+    shoot(page, "train-fits")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_answer_fits_onto_a_phone_and_no_process_is_left_of_a_question_that_is_stopped(
+    chromium: Any, server: Any, theme: str
+) -> None:
+    with visiting(chromium, server, theme=theme, width=390) as page:
+        panel = open_tab(page, "Train")
+        panel.get_by_role("button", name="Will it fit?").click()
+        until(lambda: forecasters(server))
+        panel.get_by_role("button", name="Stop asking").click()
+        expect(panel.get_by_text("Not answered.")).to_be_visible()
+        until(lambda: not forecasters(server), 10)
+        choose(panel, "card", "RTX 4090")
+        ask_whether_it_fits(panel, "it fits")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        shoot(page, f"phone-{theme}-fits")
+
+
+def test_a_window_that_is_closed_leaves_no_question_behind(chromium: Any, server: Any) -> None:
+    with visiting(chromium, server) as page:
+        open_tab(page, "Train").get_by_role("button", name="Will it fit?").click()
+        until(lambda: forecasters(server))
+    until(lambda: not forecasters(server), 30)
+
+
+def forecasters(server: Any) -> list[str]:
+    """The processes that work out an answer for this server."""
+    found = Path(f"/proc/{server.process.pid}/task").glob("*/children")
+    pids = [pid for file in found for pid in file.read_text().split()]
+    return [pid for pid in pids if b"forecast" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 # -- a whole run --

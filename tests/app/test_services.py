@@ -198,9 +198,11 @@ def test_a_pair_is_found_by_its_words(served):
     ],
 )
 def test_a_form_that_is_not_usable_starts_nothing(served, values, error):
-    with pytest.raises(error):
+    with pytest.raises(error) as refused:
         served.start(values)
     assert served.run_names() == []
+    with pytest.raises(error, match=re.escape(str(refused.value))):
+        served.will_it_fit(values, "this machine")
 
 
 @pytest.mark.parametrize("name", ["../x", "a b", ".hidden", "x" * 200, "a/b"])
