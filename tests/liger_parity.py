@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -125,6 +126,7 @@ def complete_the_interpreter() -> None:
 
 
 def short_pairs(folder):
+    """Cut at 48 tokens; with a prompt and a response of one token, and with equal responses."""
     lines = EMBEDDED_DATA["embedded:everyday"].read_text(encoding="utf-8").splitlines()[:3]
     rows = [json.loads(line) for line in lines]
     pairs = [
@@ -132,7 +134,14 @@ def short_pairs(folder):
         for row in rows
     ]
     limits = {"max_length": 48, "max_prompt_length": 24}
-    return tokenize_pairs(pairs, AutoTokenizer.from_pretrained(folder), **limits).pairs
+    first, second, third = tokenize_pairs(
+        pairs, AutoTokenizer.from_pretrained(folder), **limits
+    ).pairs
+    return [
+        first,
+        replace(second, prompt_ids=second.prompt_ids[-1:], rejected_ids=second.rejected_ids[:1]),
+        replace(third, rejected_ids=third.chosen_ids),
+    ]
 
 
 def save_tiny_model(folder, architecture, target):
