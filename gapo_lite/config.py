@@ -30,7 +30,7 @@ from gapo_lite.errors import ConfigError
 from gapo_lite.objectives import OBJECTIVES
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
@@ -44,7 +44,7 @@ class _Section(BaseModel):
         return value
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The base model."""
 
     name: str = Field(
@@ -71,7 +71,7 @@ class ModelConfig(_Section):
     )
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """The adapter."""
 
     rank: int = Field(16, ge=1, le=1024, description="Rank r of the update matrices.")
@@ -94,7 +94,7 @@ class LoraConfig(_Section):
         return value
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Preference pairs."""
 
     source: str = Field(
@@ -138,7 +138,7 @@ class DataConfig(_Section):
     )
 
 
-class EfConfig(_Section):
+class EfConfig(Section):
     """The evaluation factor: how alike chosen and rejected are."""
 
     metric: Literal[
@@ -208,7 +208,7 @@ def _refuse_unused(keys: list[str], objective: str) -> None:
         )
 
 
-class MarginConfig(_Section):
+class MarginConfig(Section):
     """The target margin, and how it comes from evaluation factors. Which of these settings there
     are depends on the objective: RunConfig fills in what is left out."""
 
@@ -231,7 +231,7 @@ class MarginConfig(_Section):
     )
 
 
-class ObjectiveConfig(_Section):
+class ObjectiveConfig(Section):
     """The loss. Which of these settings there are depends on its name: those that are left out take
     the objective's own values (see docs/objectives.md), and those that it has not are refused."""
 
@@ -298,7 +298,7 @@ class ObjectiveConfig(_Section):
         return self.beta if self.beta is not None and self.margin_scale == "beta" else 1.0
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """The optimisation and what is recorded of it."""
 
     learning_rate: float = Field(2e-5, gt=0, le=1, description="Peak learning rate of AdamW.")
@@ -371,7 +371,7 @@ class TrainingConfig(_Section):
         return given
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that decides a run."""
 
     model: ModelConfig = ModelConfig()
