@@ -1,4 +1,4 @@
-"""The command line: `gapo-lite train|demo|score|evaluate|generate|chat|export|runs|plan|doctor`.
+"""The command line: `gapo-lite train|score|agree|evaluate|generate|…`; `--help` lists all commands.
 
 Each command reads its options, calls one function of the package and prints what came back. What is
 a person's to mend is printed as `error: …` with exit code 2; Ctrl-C exits with 130; everything else
@@ -28,6 +28,7 @@ from gapo_lite.terminal import (
     is_main_process,
     log_to_stderr,
     note,
+    show_agreement,
     show_comparison,
     show_error,
     show_runs,
@@ -270,6 +271,78 @@ def score(
     typer.echo(f"written to {out}")
 
 
+@app.command()
+def agree(
+    file: Annotated[
+        str, typer.Argument(help="A file, folder, Hub id or embedded:… of judged pairs.")
+    ],
+    split: Annotated[str, typer.Option(help="Split of a Hub id or datasets folder.")] = "train",
+    strength: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="How much better chosen is, if not in `strength`."),
+    ] = None,
+    rating_columns: Annotated[
+        str | None,
+        typer.Option(metavar="CHOSEN,REJECTED", help="Ratings, if not in the usual columns."),
+    ] = None,
+    use_stemmer: Annotated[
+        bool, typer.Option("--use-stemmer", help="Porter stemmer, for jaccard and ROUGE.")
+    ] = False,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="rouge (a–z and 0–9 only) or unicode (any script), for the same."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Encoder for BERTScore, which is left out without one.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer of the encoder.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the intervals.")] = 0,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Also write the numbers here.")
+    ] = None,
+) -> None:
+    """Say how far each metric's gap follows the data's own judgement, before any training."""
+    from gapo_lite.agree import agree as agreement_of
+    from gapo_lite.data import load_pairs
+    from gapo_lite.data.report import describe_counts, describe_problems
+
+    columns = _judged_columns(strength, rating_columns)
+    if json_out:
+        check_out(json_out, file)
+    given = {"tokenizer": tokenizer, "model": model, "layer": layer}
+    options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    loaded = load_pairs(file, split=split, rating_columns=columns)
+    if missing := [name for name in columns if name not in loaded.columns]:
+        raise DataError(
+            f"{file} has no column {missing[0]!r}. Its columns: {', '.join(loaded.columns)}."
+        )
+    if loaded.problems:
+        logger.warning("%s", describe_problems(loaded))
+    found = agreement_of(
+        loaded.pairs,
+        options={**options, "use_stemmer": use_stemmer},
+        seed=seed,
+        show_progress=True,
+    )
+    typer.echo(describe_counts(loaded))
+    show_agreement(found)
+    if json_out:
+        _write_json(json_out, asdict(found))
+
+
+def _judged_columns(strength: str | None, ratings: str | None) -> list[str]:
+    """Where the judgement stands; [] for the usual places."""
+    if strength is None and ratings is None:
+        return []
+    columns = [strength or ""] if ratings is None else [name.strip() for name in ratings.split(",")]
+    if (ratings is None or (len(columns) == 2 and strength is None)) and all(columns):
+        return columns
+    raise ConfigError(
+        "the judgement stands in one column (--strength COLUMN) or in two (--rating-columns "
+        "CHOSEN,REJECTED): name either, not both, and no empty one."
+    )
+
+
 # -- evaluate --
 
 
@@ -298,9 +371,13 @@ def evaluate(
         comparison = compare(opened, batch_size=batch_size, progress=progress)
     show_comparison(comparison)
     if json_out:
-        text = json.dumps(asdict(comparison), indent=1, ensure_ascii=False) + "\n"
-        with whole_file(json_out) as part:
-            part.write_text(text, encoding="utf-8")
+        _write_json(json_out, asdict(comparison))
+
+
+def _write_json(out: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    with whole_file(out) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 # -- generate and chat --

@@ -31,6 +31,8 @@ from gapo_lite.objectives import OBJECTIVES
 
 
 class Section(BaseModel):
+    """Frozen settings of which every one is known: anything else is an error."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )

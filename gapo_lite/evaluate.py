@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -38,6 +38,10 @@ class PairScores:
     chosen_logps: np.ndarray
     rejected_logps: np.ndarray
     margins: np.ndarray
+
+    def columns(self) -> dict[str, list[float]]:
+        """As plain data, for a file."""
+        return {field.name: getattr(self, field.name).tolist() for field in fields(self)}
 
 
 def pair_scores(

@@ -5,8 +5,10 @@ file → pairs → EF → margins → tokens
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +24,8 @@ from gapo_lite.margins import Margins, constant_margins, estimate_margins, ratin
 from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.progress import scoring_progress
 from gapo_lite.types import LoadedPairs, PreferencePair, TokenizedPair
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +62,73 @@ class Prepared:
     notes: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What several configurations have in common: pairs and their tokens, made once.
+
+    Evaluation factors and the reference's log-probabilities are kept on disk for all anyway.
+    """
+
+    _made: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gave for this key the first time."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
 def prepare(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, show_progress: bool = False
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    show_progress: bool = False,
+    shared: Shared | None = None,
 ) -> Prepared:
     """Loads, splits, scores and tokenises.
+
+    Args:
+        config: the settings.
+        tokenizer: the model's.
+        show_progress: a bar while pairs are scored.
+        shared: what was made for other configurations in this process, and is to be kept for more.
 
     Raises:
         GapoError: data or settings cannot be used.
     """
-    notes: list[str] = []
-    loaded, train_pairs, heldout_pairs = load_and_split(config, notes)
+    shared = shared or Shared()
+    loaded, train_pairs, heldout_pairs, notes = split_once(config, shared)
+    notes = list(notes)
     with scoring_progress(config.ef.metric, show_progress) as progress:
         train_ef = _score(config, train_pairs, progress, notes)
         heldout_ef = _score(config, heldout_pairs, progress, notes)
-    train = _split_data(config, tokenizer, train_pairs, train_ef, None)
+    tokens = [
+        shared.once(
+            (side, config.model.name, config.model.revision, config.data.model_dump_json()),
+            partial(_tokens, config, tokenizer, pairs),
+        )
+        for side, pairs in (("train", train_pairs), ("heldout", heldout_pairs))
+        if pairs
+    ]
+    train = _split_data(config, train_pairs, tokens[0], train_ef, None)
     heldout = None
     if heldout_pairs:
         mean_gap = train.margins.mean_gap
-        heldout = _split_data(config, tokenizer, heldout_pairs, heldout_ef, mean_gap)
+        heldout = _split_data(config, heldout_pairs, tokens[1], heldout_ef, mean_gap)
     notes += [_about_margins(config, train), *_about_lengths(train, heldout)]
     return Prepared(train, heldout, loaded, notes)
+
+
+def split_once(
+    config: RunConfig, shared: Shared
+) -> tuple[LoadedPairs, list[PreferencePair], list[PreferencePair], list[str]]:
+    """`load_and_split` and its notes, once for all configurations with the same data."""
+
+    def make() -> tuple[LoadedPairs, list[PreferencePair], list[PreferencePair], list[str]]:
+        notes: list[str] = []
+        return (*load_and_split(config, notes), notes)
+
+    return shared.once(("pairs", config.data.model_dump_json()), make)
 
 
 def heldout_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
@@ -144,20 +195,22 @@ def _score(
     return cached_scores(chosen, rejected, config.ef.metric, config.ef.options(), progress)
 
 
+def _tokens(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, pairs: list[PreferencePair]
+) -> TokenizedPairs:
+    limits = config.data.model_dump(include={"max_length", "max_prompt_length"})
+    return tokenize_pairs(pairs, tokenizer, **limits)
+
+
 def _split_data(
     config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
     pairs: list[PreferencePair],
+    tokenized: TokenizedPairs,
     ef: np.ndarray,
     mean_gap: float | None,
 ) -> PreparedData:
-    """Tokens first, so that pairs without room for a scored token don't count in the mean gap."""
-    tokenized = tokenize_pairs(
-        pairs,
-        tokenizer,
-        max_length=config.data.max_length,
-        max_prompt_length=config.data.max_prompt_length,
-    )
+    """After the tokens, so that pairs without room for a scored token don't count in the mean
+    gap."""
     ef = ef[tokenized.indices]
     kept = [pairs[index] for index in tokenized.indices]
     margins = _margins(config, ef, kept, mean_gap)

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -31,6 +31,7 @@ class RunCallback(TrainerCallback):
         training: the run's training settings.
         tokenizer: for the sample prompts.
         show_progress: a progress bar on stderr.
+        pause: whether to evaluate, save and stop after a step; see `train`.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class RunCallback(TrainerCallback):
         training: TrainingConfig,
         tokenizer: PreTrainedTokenizerBase,
         show_progress: bool,
+        pause: Callable[[int], bool] | None = None,
     ):
+        self.pause = pause
         self.run, self.training, self.tokenizer = run, training, tokenizer
         self.show_progress = show_progress
         self.progress = TrainingProgress(run.name, show_progress)
@@ -61,6 +64,8 @@ class RunCallback(TrainerCallback):
         elif self._anyone_asked():
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # who stops a process seldom waits for long
+        elif self.pause and self.pause(state.global_step):
+            control.should_evaluate = control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Shows the newest numbers."""

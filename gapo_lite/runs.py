@@ -7,6 +7,7 @@ others to read.
       margins.json       mean gap, floor count, histograms
       status.json        state, pid, step, total, heartbeat
       metrics.jsonl      one object a logged step; evaluation keys begin with eval/
+      heldout.json       scores of each held-out pair: of the base model, and the newest
       samples.jsonl      answers to the fixed prompts
       train.log          what was said
       checkpoints/       see checkpoints.py
@@ -146,6 +147,13 @@ class Run:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
+
+    def write_heldout(self, step: int, columns: dict[str, list[float]]) -> None:
+        """Keeps the held-out pairs' scores, each column (N,): those of step 0, the base model, and
+        the newest."""
+        known = self.read("heldout.json") if step else {}
+        newest = {"step": step, **columns}
+        self.write("heldout.json", {"base": known.get("base", newest), "newest": newest})
 
     def forget_after(self, step: int) -> None:
         """Drops what was logged and sampled after `step`: the run goes on from there."""

@@ -14,6 +14,7 @@ from gapo_lite.errors import RunError
 if TYPE_CHECKING:
     import numpy as np
 
+    from gapo_lite.agree import Agreement, Correlation
     from gapo_lite.compare import Comparison, EfGroup
     from gapo_lite.forecast import Forecast
     from gapo_lite.overview import RunOverview
@@ -142,6 +143,29 @@ def show_scores(
     remedy = "--tokenizer unicode, or --ef bertscore_f1 with a multilingual --model"
     if warning := unseen.warning(ef, remedy):
         logger.warning("%s", warning)
+
+
+def show_agreement(found: Agreement) -> None:
+    """Each metric's rank correlation with the judgement, that of the lengths, and what it says."""
+    rows = [
+        (row.metric, *_correlation_cells(row.gap), *_correlation_cells(row.at_equal_lengths))
+        for row in found.metrics
+    ]
+    rows.append(("difference of lengths alone", *_correlation_cells(found.length), "", ""))
+    interval = "95 % interval"
+    title = (
+        f"Spearman's ρ of gap and {found.judgement}: {found.num_pairs:,} pairs, "
+        f"{found.num_prompts:,} prompts"
+    )
+    if found.num_unjudged:
+        title += f" ({found.num_unjudged:,} pairs without a judgement are left out)"
+    show_table(("gap of", "ρ", interval, "ρ at equal lengths", interval), rows, title)
+    print(found.sentence)
+
+
+def _correlation_cells(found: Correlation) -> tuple[str, str]:
+    interval = "–" if found.low is None else f"{found.low:+.3f} to {found.high:+.3f}"
+    return _number(found.rho, "+.3f"), interval
 
 
 _COMPARED = (

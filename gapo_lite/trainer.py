@@ -306,6 +306,8 @@ class GapoTrainer(Trainer):
             return {}
         began = time.perf_counter()
         scores = self.heldout_scores()
+        if self.run and self.is_world_process_zero():
+            self.run.write_heldout(self.state.global_step, scores.columns())
         metrics = {f"eval/{name}": value for name, value in summarize(scores).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -47,7 +47,7 @@ from gapo_lite.model import (
     why_not_packed,
 )
 from gapo_lite.plan import Dials
-from gapo_lite.preparation import Prepared, prepare
+from gapo_lite.preparation import Prepared, Shared, prepare
 from gapo_lite.progress import scoring_progress
 from gapo_lite.records import write_beginnings
 from gapo_lite.reference import with_reference
@@ -75,6 +75,8 @@ def train(
     resume: str | Path | None = None,
     default_name: str = "run",
     show_progress: bool = True,
+    pause: Callable[[int], bool] | None = None,
+    shared: Shared | None = None,
 ) -> Run:
     """Trains as `config` says and returns the run's folder; blocks until it has finished or was
     stopped.
@@ -86,6 +88,9 @@ def train(
         resume: name or folder of a run to go on with, instead of a new one.
         default_name: see `name`.
         show_progress: a progress bar on stderr.
+        pause: called with the step after each one; where it says so, the run is evaluated, saved
+            and stopped there, to be resumed.
+        shared: pairs and tokens of other runs of this process; see `prepare`.
 
     Raises:
         GapoError: data, model, settings or run folder cannot be used; a new run then leaves
@@ -102,7 +107,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_gpu_lease())
         tokenizer = load_tokenizer(config.model.name, config.model.revision)
-        prepared = prepare(config, tokenizer, show_progress=show_progress)
+        prepared = prepare(config, tokenizer, show_progress=show_progress, shared=shared)
         if run is None:
             run = _new_run(Path(runs_dir), name, default_name)
             stack.enter_context(_removed_if_nothing_is_saved(run))
@@ -116,7 +121,7 @@ def train(
         checkpoint = _same_everywhere(checkpoint)
         dials = _same_everywhere(_dials(config, run, prepared) if state.is_main_process else None)
         callback = RunCallback(
-            run, config.training, tokenizer, show_progress and state.is_main_process
+            run, config.training, tokenizer, show_progress and state.is_main_process, pause
         )
         with _failures_recorded(run), callback.progress, stopping_on_signals(callback):
             trainer = _trainer(

@@ -62,6 +62,35 @@ def cached_scores(
     return scores
 
 
+def cached_bert_scores(
+    chosen: Sequence[str],
+    rejected: Sequence[str],
+    options: Mapping[str, Any],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, NDArray[np.float64]]:
+    """BERTScore's precision, recall and F1 as `cached_scores` has them, computed in one pass.
+
+    Returns:
+        Factor → (N,) in [0, 1].
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError: as cached_scores.
+    """
+    chosen, rejected = check_pairs(chosen, rejected)
+    factors = ("bertscore_p", "bertscore_r", "bertscore_f1")  # the columns of bert_scores
+    paths = {ef: cache_path(chosen, rejected, ef, options) for ef in factors}
+    known = {ef: read_scores(path, len(chosen)) for ef, path in paths.items()}
+    if any(scores is None for scores in known.values()):
+        from gapo_lite.ef.semantic import bert_scores  # imports torch
+
+        settings = check_options(factors[0], options)
+        table = bert_scores(chosen, rejected, progress=progress, **settings)
+        known = {ef: column.copy() for ef, column in zip(factors, table.T, strict=True)}
+        for ef, path in paths.items():
+            write_scores(path, known[ef])
+    return {ef: scores for ef, scores in known.items() if scores is not None}
+
+
 def cache_path(
     chosen: Sequence[str], rejected: Sequence[str], ef: str, options: Mapping[str, Any]
 ) -> Path:
