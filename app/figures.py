@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from app import curves, plots
+from app import curves
 from app.curves import Axis, Curve, Figure
 from app.history import History, config_of, read_history
-from app.plots import Series
+from gapo_lite import plots
+from gapo_lite.plots import Series
 from gapo_lite.runs import Run
 
 OVERLAID = ("margin", "loss", "accuracy", "logps")

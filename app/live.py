@@ -26,10 +26,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from app import curves, figures, history, jobs, verdict, views
-from app.axes import number
 from app.guard import is_logged_in
 from app.notices import as_html
 from app.services import Services
+from gapo_lite.axes import number
 from gapo_lite.errors import GapoError
 from gapo_lite.runs import ACTIVE_STATES, Run, read_jsonl
 

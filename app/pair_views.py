@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from app import plots, views
+from app import views
 from app.browser import BrowsedPair, diff_html
 from app.curves import asks_for_margin
 from app.gaps import GapView
 from app.notices import as_html
 from app.pairs import PairSet, overview, split_of
+from gapo_lite import plots
 from gapo_lite.config import RunConfig
 from gapo_lite.ef import EVALUATION_FACTORS
 from gapo_lite.errors import GapoError

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from app import plots, views
-from app.plots import BarSeries
+from app import views
+from gapo_lite import plots
+from gapo_lite.plots import BarSeries
 
 _ROWS = (
     ("rewards/accuracies", "accuracy", "{:.1%}"),

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import gradio as gr
 
+from gapo_lite import plots
+
 STATIC = Path(__file__).parent / "static"
 
 _SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
@@ -58,7 +60,7 @@ def theme() -> gr.themes.Base:
 
 def css() -> str:
     """The page's own rules, and those of the figures."""
-    return _read("page.css") + _read("charts.css")
+    return _read("page.css") + plots.STYLE.read_text(encoding="utf-8")
 
 
 def head() -> str:

@@ -1,4 +1,4 @@
-/* The tooltip of the figures that app/plots.py draws, and saving them as PNG.
+/* The tooltip of the figures that gapo_lite/plots.py draws, and saving them as PNG.
 
    Figures are replaced or rewritten in place at any time, so nothing here holds on to one: events
    are caught at the document, and the tooltip and its crosshair stand in <body>. While the tooltip
@@ -8,7 +8,7 @@
 (() => {
   "use strict";
 
-  // --- numbers: the same rules as number() and rounded() in app/axes.py --------------------------
+  // --- numbers: the same rules as number() and rounded() in gapo_lite/axes.py --------------------
 
   const grouped = (value, decimals) =>
     value.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals });
