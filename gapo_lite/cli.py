@@ -20,17 +20,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from gapo_lite.errors import ConfigError, DataError, GapoError, RunError
+from gapo_lite import cli_sweeps  # noqa: F401  (registers its commands)
+from gapo_lite.cli_app import (
+    EXIT_STOPPED,
+    MaxTokens,
+    RunName,
+    RunOrModel,
+    RunsDir,
+    Seed,
+    Temperature,
+    TopP,
+    app,
+)
+from gapo_lite.errors import ConfigError, DataError, RunError
 from gapo_lite.outputs import SCORE_FILES, check_out, whole_file
 from gapo_lite.terminal import (
     is_main_process,
-    log_to_stderr,
     note,
     show_agreement,
     show_comparison,
-    show_error,
     show_runs,
     show_scores,
     visible,
@@ -42,9 +51,6 @@ if TYPE_CHECKING:
     from gapo_lite.runs import Run
 
 logger = logging.getLogger(__name__)
-
-EXIT_STOPPED = 130
-"""Of a training that Ctrl-C or SIGTERM stopped, so that `train && export` does not go on."""
 
 DEMO_PROMPT = "How do I keep a basil plant alive on a windowsill?"
 
@@ -58,44 +64,6 @@ def main() -> None:
     # Without any handler Python itself prints what libraries log as warnings.
     logging.getLogger().addHandler(logging.NullHandler())
     app(prog_name="gapo-lite")
-
-
-class _Commands(TyperGroup):
-    """Prints a person's mistakes as one message, without a traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        with log_to_stderr():
-            try:
-                return super().invoke(ctx)
-            except GapoError as error:
-                show_error(error)
-        raise typer.Exit(2)
-
-
-app = typer.Typer(
-    cls=_Commands,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Align a chat model with GaPO by 4-bit QLoRA, look at the result, and share it.",
-)
-
-RunsDir = Annotated[Path, typer.Option(help="Folder of all runs.")]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder.")]
-RunOrModel = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN|MODEL", help="A run's name or folder, or a model: Hub id, folder or embedded:…"
-    ),
-]
-Temperature = Annotated[
-    float, typer.Option(min=0, max=10, help="0 takes the likeliest token each time.")
-]
-TopP = Annotated[
-    float, typer.Option(min=0.01, max=1, help="Share of probability that is sampled from.")
-]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampling.")]
 
 
 # -- train --

@@ -78,17 +78,19 @@ def cached_bert_scores(
     """
     chosen, rejected = check_pairs(chosen, rejected)
     factors = ("bertscore_p", "bertscore_r", "bertscore_f1")  # the columns of bert_scores
-    paths = {ef: cache_path(chosen, rejected, ef, options) for ef in factors}
-    known = {ef: read_scores(path, len(chosen)) for ef, path in paths.items()}
-    if any(scores is None for scores in known.values()):
+    paths = [cache_path(chosen, rejected, ef, options) for ef in factors]
+    known = [scores for path in paths if (scores := read_scores(path, len(chosen))) is not None]
+    if len(known) < len(factors):
         from gapo_lite.ef.semantic import bert_scores  # imports torch
 
         settings = check_options(factors[0], options)
         table = bert_scores(chosen, rejected, progress=progress, **settings)
-        known = {ef: column.copy() for ef, column in zip(factors, table.T, strict=True)}
-        for ef, path in paths.items():
-            write_scores(path, known[ef])
-    return {ef: scores for ef, scores in known.items() if scores is not None}
+        known = [column.copy() for column in table.T]
+        for path, scores in zip(paths, known, strict=True):
+            write_scores(path, scores)
+    elif progress is not None:
+        progress(len(chosen), len(chosen))
+    return dict(zip(factors, known, strict=True))
 
 
 def cache_path(
