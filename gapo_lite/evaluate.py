@@ -141,7 +141,11 @@ def _smaller(batch_size: int, batch: PairBatch, error: torch.OutOfMemoryError) -
 
 
 def summarize(scores: PairScores) -> dict[str, float]:
-    """Means over the pairs, under the names of metrics.jsonl; a tie is no hit."""
+    """Means over the pairs, under the names of metrics.jsonl; a tie is no hit.
+
+    `rewards/accuracies` is by the objective's own reward, `logps/accuracies` by the average
+    log-probability, which is the same measure for all objectives.
+    """
     return {
         "loss": float(scores.losses.mean()),
         "rewards/chosen": float(scores.chosen_rewards.mean()),
@@ -150,5 +154,6 @@ def summarize(scores: PairScores) -> dict[str, float]:
         "rewards/accuracies": float((scores.chosen_rewards > scores.rejected_rewards).mean()),
         "logps/chosen": float(scores.chosen_logps.mean()),
         "logps/rejected": float(scores.rejected_logps.mean()),
+        "logps/accuracies": float((scores.chosen_logps > scores.rejected_logps).mean()),
         "margin/mean": float(scores.margins.mean()),
     }

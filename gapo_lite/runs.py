@@ -267,11 +267,13 @@ def open_run(name: str | Path, runs_dir: Path) -> Run:
 
 def list_runs(runs_dir: Path) -> list[Run]:
     """All runs of a folder, oldest first."""
-    found = [path.parent for path in runs_dir.glob("*/config.yaml")]
-    return [
-        Run(path)
-        for path in sorted(found, key=lambda p: ((p / "config.yaml").stat().st_mtime, p.name))
-    ]
+    return [Run(path) for path in folders_with("config.yaml", runs_dir)]
+
+
+def folders_with(name: str, runs_dir: Path) -> list[Path]:
+    """The folders below `runs_dir` that hold such a file, by its age, oldest first."""
+    found = [path.parent for path in runs_dir.glob(f"*/{name}")]
+    return sorted(found, key=lambda path: ((path / name).stat().st_mtime, path.name))
 
 
 def remove_run(run: Run) -> None:

@@ -1,0 +1,94 @@
+"""`gapo-lite sweep` and `gapo-lite report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gapo_lite.cli_app import EXIT_STOPPED, RunsDir, app
+from gapo_lite.errors import ConfigError
+from gapo_lite.sweep_config import SweepConfig
+from gapo_lite.sweep_folder import SweepFolder, create_sweep, open_sweep
+from gapo_lite.terminal import note
+
+
+@app.command()
+def sweep(
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML file; recipes lie in configs/sweeps/.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Overrides a setting of the sweep (seeds=[1,2]) or of all its runs "
+            "(training.max_steps=8). Repeatable.",
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the sweep; else the file's.")] = None,
+    runs_dir: RunsDir = Path("runs"),
+    resume: Annotated[
+        str | None, typer.Option(metavar="SWEEP", help="Go on with this one, by name or folder.")
+    ] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Stop after so many; the run under way is saved."),
+    ] = None,
+    max_runs: Annotated[int | None, typer.Option(min=1, help="Train at most so many runs.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and list the runs; train nothing.")
+    ] = False,
+) -> None:
+    """Train every combination of some settings, one after the other, and compare them."""
+    if resume is None:
+        given = _loaded(config, settings or [])
+        if dry_run:
+            _list_cells(given, name or (config.stem if config else "sweep"))
+            return
+        default = config.stem if config else "sweep"
+        folder = create_sweep(given, runs_dir, name, default)
+    else:
+        if config is not None or settings or name is not None:
+            raise ConfigError(
+                f"--resume {resume} goes on with a sweep as it is: leave out its file, --name and "
+                "--set, or start a new one."
+            )
+        folder = open_sweep(resume, runs_dir)
+    _run(folder, hours, max_runs)
+
+
+def _loaded(config: Path | None, settings: list[str]) -> SweepConfig:
+    from gapo_lite.sweep_config import load_sweep
+
+    if config is None:
+        raise ConfigError(
+            "sweep needs a file: gapo-lite sweep configs/sweeps/demo.yaml, or --resume SWEEP."
+        )
+    return load_sweep(config, settings)
+
+
+def _list_cells(config: SweepConfig, name: str) -> None:
+    from gapo_lite.sweep_config import cells_of
+
+    cells = cells_of(config, name)
+    for cell in cells:
+        typer.echo(cell.run)
+    note(f"{len(cells)} runs, {len(config.seeds)} of each contender. Nothing was trained.")
+
+
+def _run(folder: SweepFolder, hours: float | None, max_runs: int | None) -> None:
+    from gapo_lite.sweep import Budget, run_sweep
+
+    own = folder.config
+    budget = Budget(hours or own.hours, max_runs or own.max_runs)
+    state = run_sweep(folder, budget=budget, tell=note)
+    results = [record["state"] for record in folder.results().values()]
+    typer.echo(
+        f"{folder.path}: {state}, {results.count('finished')} of {len(folder.cells)} runs finished"
+        + "".join(f", {results.count(s)} {s}" for s in ("dropped", "failed") if s in results)
+    )
+    if state != "finished":
+        raise typer.Exit(EXIT_STOPPED)

@@ -1,0 +1,306 @@
+"""A sweep at work: cell after cell on one GPU, whatever kills it on the way.
+
+    config = load_sweep(Path("configs/sweeps/table3.yaml"))
+    run_sweep(create_sweep(config, Path("runs"), None, "table3"))
+    run_sweep(open_sweep("table3", Path("runs")))      # after a kill: goes on where it was
+
+Nothing is stored of where it stands but what each cell leaves: a cell with a record is done, one
+with a run goes on from its newest checkpoint, and who lost a round of successive halving is read
+again from the runs' own metrics.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+
+from gapo_lite.errors import ConfigError, GapoError, RunError
+from gapo_lite.preparation import Shared
+from gapo_lite.run_callback import status_record
+from gapo_lite.runs import Run, now
+from gapo_lite.sweep_cells import (
+    cell_record,
+    failed_record,
+    heldout_prompts,
+    measure_answers,
+    train_cell,
+)
+from gapo_lite.sweep_config import Cell, Halving
+from gapo_lite.sweep_folder import ENDED, SweepFolder
+
+logger = logging.getLogger(__name__)
+
+MOST_FAILURES = 3
+"""Cells in a row that fail before the whole does: then it is not the cell."""
+
+
+class _Stop(Exception):
+    """The sweep ends here for this time; the text says why."""
+
+
+@dataclass(slots=True)
+class Budget:
+    """What one call may use.
+
+    Attributes:
+        hours: of wall-clock time; the run under way then is saved and stopped.
+        max_runs: runs trained.
+    """
+
+    hours: float | None = None
+    max_runs: int | None = None
+    began: float = field(default_factory=time.monotonic)
+    used_runs: int = 0
+
+    def time_is_up(self) -> bool:
+        """Whether the hours are used."""
+        return self.hours is not None and time.monotonic() - self.began >= 3600 * self.hours
+
+    def spent(self) -> str:
+        """What is used up, "" while there is some left."""
+        if self.time_is_up():
+            return f"its {self.hours:g} hours are over"
+        if self.max_runs is not None and self.used_runs >= self.max_runs:
+            return f"it has trained its {self.max_runs} runs"
+        return ""
+
+
+def run_sweep(
+    folder: SweepFolder,
+    *,
+    budget: Budget | None = None,
+    show_progress: bool = True,
+    tell: Callable[[str], None] = logger.info,
+) -> str:
+    """Trains all cells that are not done, and returns the sweep's state: "finished", or "stopped"
+    by a signal or the budget.
+
+    Args:
+        folder: a new or begun sweep.
+        budget: of this call; by default the sweep's own.
+        show_progress: bars on stderr.
+        tell: hears a line a cell.
+
+    Raises:
+        GapoError: nothing of it can be trained, or the disk is full. A cell that fails alone is
+            recorded, and the others go on.
+    """
+    if PartialState().num_processes > 1:
+        raise ConfigError("a sweep trains one run after the other: start it as a single process.")
+    config = folder.config
+    budget = budget or Budget(config.hours, config.max_runs)
+    with folder.lock():
+        sweep = _Sweep(folder, budget, show_progress, tell)
+        try:
+            sweep.work()
+        except (_Stop, KeyboardInterrupt) as stop:
+            why = str(stop) or "it was interrupted"
+            tell(f"Stopped: {why}. Go on with: gapo-lite sweep --resume {folder.path}")
+            sweep.say("stopped", message=why)
+            return "stopped"
+        except GapoError as error:
+            sweep.say("failed", message=str(error))
+            raise
+        sweep.say("finished")
+        return "finished"
+
+
+class _Sweep:
+    """One call of `run_sweep`."""
+
+    def __init__(
+        self, folder: SweepFolder, budget: Budget, show_progress: bool, tell: Callable[[str], None]
+    ):
+        self.folder, self.budget, self.show_progress = folder, budget, show_progress
+        self.tell = tell
+        self.shared = Shared()
+        self.results = folder.results()
+        self.failures = 0
+        self.started = now()
+
+    def work(self) -> None:
+        """All rounds; without halving there is one."""
+        self.say("running")
+        self._measure_base()
+        alive = list(dict.fromkeys(cell.contender for cell in self.folder.cells))
+        halving = self.folder.config.halving
+        limit = float(halving.first_steps) if halving else math.inf
+        while True:
+            cells = [cell for cell in self.folder.cells if cell.contender in alive]
+            for cell in cells:
+                self._reach(cell, limit)
+            if halving is None or all(self._has_ended(cell) for cell in cells):
+                return
+            kept = self._better_half(cells, alive, limit, halving)
+            limit = math.inf if len(kept) == 1 else limit * halving.growth
+            alive = kept
+
+    def say(self, state: str, cell: str | None = None, message: str = "") -> None:
+        """Writes sweep-status.json."""
+        cells = self.folder.cells
+        done = sum(self._has_ended(cell) for cell in cells)
+        self.folder.write(
+            "sweep-status.json",
+            {
+                **status_record(state, done, len(cells)),
+                "done": done,
+                "cell": cell,
+                "started": self.started,
+                "message": message,
+            },
+        )
+
+    # -- one cell --
+
+    def _has_ended(self, cell: Cell) -> bool:
+        return self.results.get(cell.run, {}).get("state") in ENDED
+
+    def _reach(self, cell: Cell, limit: float) -> None:
+        """Trains a cell up to `limit` steps or its end, and records it if it has ended."""
+        run = Run(self.folder.runs_dir / cell.run)
+        if self._has_ended(cell) or self._is_at(run, limit):
+            return
+        if why := self.budget.spent():
+            raise _Stop(why)
+        self._announce(cell)
+        self.budget.used_runs += 1
+        began = time.monotonic()
+        try:
+            run = train_cell(
+                cell,
+                self.folder.runs_dir,
+                self.shared,
+                lambda step: step >= limit or self.budget.time_is_up(),
+                show_progress=self.show_progress,
+            )
+            if run.state() == "finished":
+                seconds = time.monotonic() - began
+                self._record(cell, run, "finished", seconds)
+            elif not self._is_at(run, limit):
+                raise _Stop(self._why_stopped(run))
+        except (GapoError, RuntimeError) as error:
+            self._failed(cell, error)
+        else:
+            self.failures = 0
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=False)  # another precision may come
+
+    def _is_at(self, run: Run, limit: float) -> bool:
+        """Whether it waits at the end of a round."""
+        return math.isfinite(limit) and run.state() == "stopped" and _reached(run) >= limit
+
+    def _why_stopped(self, run: Run) -> str:
+        message = run.read("status.json").get("message")
+        return self.budget.spent() or message or f"the run {run.name} was stopped"
+
+    def _announce(self, cell: Cell) -> None:
+        cells = self.folder.cells
+        self.say("running", cell.run)
+        left = self.folder.seconds_left()
+        eta = "" if left is None else f", about {left / 3600:.1f} hours left"
+        number = cells.index(cell) + 1
+        self.tell(f"cell {number} of {len(cells)}: {cell.contender}, seed {cell.seed}{eta}")
+
+    def _record(self, cell: Cell, run: Run, state: str, seconds: float = 0.0) -> None:
+        record = cell_record(
+            cell, run, self.folder.config, self.shared, state=state, seconds=seconds
+        )
+        self._check_same_data(cell, record)
+        self._keep(record)
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        self.folder.record(record)
+        self.results[record["run"]] = record
+
+    def _check_same_data(self, cell: Cell, record: dict[str, Any]) -> None:
+        """Numbers on other pairs cannot be compared."""
+        for other in self.folder.cells:
+            known = self.results.get(other.run, {}).get("data_fingerprint")
+            same_source = other.config.data == cell.config.data
+            if known and same_source and known != record["data_fingerprint"]:
+                raise RunError(
+                    f"the pairs of {cell.config.data.source} have changed since {other.run} was "
+                    f"trained, so {cell.run} cannot be compared with it. Restore the data, or "
+                    "start a new sweep."
+                )
+
+    def _failed(self, cell: Cell, error: Exception) -> None:
+        """Recorded; the others go on, unless none of them would fare better."""
+        message = str(error) or type(error).__name__
+        if not isinstance(error, GapoError):
+            logger.warning("%s failed", cell.run, exc_info=error)
+            message = f"{type(error).__name__}: {message}"
+        self._keep(failed_record(cell, message))
+        self.failures += 1
+        self.tell(f"{cell.run} failed: {message}")
+        if self.failures >= MOST_FAILURES:
+            raise RunError(
+                f"{self.failures} cells in a row have failed, the last one ({cell.run}) with: "
+                f"{message}"
+            ) from None
+
+    # -- rounds --
+
+    def _better_half(
+        self, cells: list[Cell], alive: list[str], limit: float, halving: Halving
+    ) -> list[str]:
+        """The contenders that go on; the others' cells are recorded as dropped."""
+        scores = {name: self._score(cells, name, limit, halving.metric) for name in alive}
+        ranked = sorted(alive, key=lambda name: (-scores[name], alive.index(name)))
+        kept = ranked[: math.ceil(len(alive) * halving.keep)]
+        for cell in cells:
+            if cell.contender not in kept and not self._has_ended(cell):
+                run = Run(self.folder.runs_dir / cell.run)
+                if run.state() == "stopped":
+                    self._record(cell, run, "dropped")
+        dropped = [f"{name} ({scores[name]:.3f})" for name in alive if name not in kept]
+        if dropped:
+            self.tell(f"After {limit:g} steps these are dropped: {', '.join(dropped)}")
+        return [name for name in alive if name in kept]
+
+    def _score(self, cells: list[Cell], name: str, limit: float, metric: str) -> float:
+        values = [v for c in cells if c.contender == name for v in self._at(c, limit, metric)]
+        return statistics.mean(values) if values else -math.inf
+
+    def _at(self, cell: Cell, limit: float, metric: str) -> Iterator[float]:
+        """The held-out measure at the end of the round, or where the run ended before."""
+        rows = [
+            row
+            for row in Run(self.folder.runs_dir / cell.run).metrics()
+            if f"eval/{metric}" in row and row["step"] <= limit
+        ]
+        if rows:
+            yield rows[-1][f"eval/{metric}"]
+
+    # -- what all cells share --
+
+    def _measure_base(self) -> None:
+        """The base model's answers, once, where all contenders have the same base."""
+        how, cells = self.folder.config.answers, self.folder.cells
+        if self.folder.read("base.json") or not how:
+            return
+        models = {cell.config.model.name for cell in cells}
+        measured = None
+        if len(models) == 1:
+            prompts = heldout_prompts(cells[0].config, self.shared)
+            self.tell(f"the base model answers {min(how.prompts, len(prompts))} prompts")
+            measured = measure_answers(
+                models.pop(),
+                self.folder.runs_dir,
+                prompts,
+                how,
+                self.folder.path / "base_answers.jsonl",
+            )
+        self.folder.write("base.json", {"answers": measured})
+
+
+def _reached(run: Run) -> int:
+    return int(run.read("status.json").get("step", 0))

@@ -1,0 +1,343 @@
+"""What a sweep tries: a YAML file → contenders → cells.
+
+    base: ../demo.yaml                     # a complete configuration, beside this file
+    settings: {training.max_steps: 16}     # of all its runs
+    variants:                              # named sets of settings …
+      - {name: simpo, settings: {objective.name: simpo}}
+      - {name: gapo, settings: {}}
+    grid: {margin.gamma: [0.1, 0.3]}       # … each with every combination of these
+    seeds: [42, 43, 44]
+    baseline: simpo-gamma-0.3
+
+A *contender* is one combination, a *cell* a contender with a seed: one ordinary run. Every cell's
+configuration is checked before anything is trained. Importing this imports no torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from gapo_lite.config import (
+    RunConfig,
+    Section,
+    apply_override,
+    describe_invalid,
+    parse_config,
+    read_yaml,
+    used_settings,
+)
+from gapo_lite.ef import EVALUATION_FACTORS
+from gapo_lite.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
+MOST_CELLS = 5000
+
+
+class Variant(Section):
+    """A named set of settings."""
+
+    name: str = Field(description="Letters, digits, '.', '_' and '-': part of its runs' names.")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="Dotted keys and values, over the base's."
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _part_of_a_run_name(cls, value: str) -> str:
+        if not _NAME.fullmatch(value):
+            raise ValueError("takes letters, digits, '.', '_' and '-', at most 60")
+        return value
+
+
+class Halving(Section):
+    """Successive halving: all contenders train some steps, the better ones go on to more."""
+
+    first_steps: int = Field(ge=1, description="Optimizer steps of the first round.")
+    keep: float = Field(
+        0.5, gt=0, lt=1, description="Share of the contenders that goes on, at least one."
+    )
+    growth: float = Field(
+        2.0, gt=1, le=100, description="Each round has so many times the steps of the one before."
+    )
+    metric: Literal["logps/accuracies", "rewards/accuracies", "rewards/margins"] = Field(
+        "logps/accuracies",
+        description="Held-out measure, mean over the seeds; the first compares all objectives.",
+    )
+
+
+class Answers(Section):
+    """Greedy answers to held-out prompts after each run, for their length."""
+
+    prompts: int = Field(16, ge=1, le=1000, description="Held-out prompts, the first ones.")
+    max_tokens: int = Field(192, ge=1, le=4096, description="Longest answer, in tokens.")
+    batch_size: int = Field(16, ge=1, le=1024, description="Prompts answered at once.")
+
+
+class SweepConfig(Section):
+    """Everything that decides a sweep."""
+
+    base: str | dict[str, Any] = Field(
+        description="A configuration file, from the sweep file's folder; or its settings."
+    )
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="Dotted keys and values for all runs."
+    )
+    variants: list[Variant] = Field(default_factory=list, description="Named sets of settings.")
+    grid: dict[str, list[Any]] = Field(
+        default_factory=dict, description="Dotted key → values; every combination is tried."
+    )
+    seeds: list[int] = Field(
+        [42, 43, 44], min_length=1, description="training.seed of each contender's runs."
+    )
+    baseline: str | None = Field(
+        None, description="The contender that others are compared with, seed by seed."
+    )
+    answers: Answers | None = Field(
+        Answers(), description="How answers are measured; null measures none."
+    )
+    halving: Halving | None = Field(None, description="Stops losers early; null trains all.")
+    decile_metric: str = Field(
+        "rougeL", description="Evaluation factor by whose deciles accuracy is shown."
+    )
+    hours: float | None = Field(
+        None, gt=0, description="Budget of one call: no training goes on after it."
+    )
+    max_runs: int | None = Field(None, ge=1, description="Budget of one call: runs trained.")
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError("names a seed twice")
+        return value
+
+    @field_validator("grid")
+    @classmethod
+    def _values_to_try(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        empty = [key for key, values in value.items() if not values]
+        if empty:
+            raise ValueError(f"has no values for {', '.join(empty)}")
+        return value
+
+    @field_validator("decile_metric")
+    @classmethod
+    def _known_metric(cls, value: str) -> str:
+        if value not in EVALUATION_FACTORS:
+            raise ValueError(f"must be one of {', '.join(EVALUATION_FACTORS)}")
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One combination of settings.
+
+    Attributes:
+        name: unique in its sweep, part of its runs' names.
+        settings: dotted keys and values, over the base's.
+        config: the whole, with the first seed.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    config: RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A contender with a seed: one run.
+
+    Attributes:
+        contender: name of the contender.
+        seed: training.seed.
+        run: name of the run.
+        config: the run's configuration.
+    """
+
+    contender: str
+    seed: int
+    run: str
+    config: RunConfig
+
+
+def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Reads a sweep's YAML file; its `base` becomes that configuration's settings.
+
+    Args:
+        path: the file.
+        overrides: `key=value`, over what the file says: of the sweep (`seeds=[1,2]`,
+            `answers.prompts=4`), or of all its runs (`training.max_steps=8`).
+
+    Raises:
+        ConfigError: the file or its base is missing or not YAML, or a setting of the sweep or of
+            any of its contenders is unknown or out of range.
+    """
+    given = read_yaml(path)
+    for override in overrides:
+        if override.partition("=")[0].strip().split(".")[0] in SweepConfig.model_fields:
+            apply_override(given, override)
+        else:
+            given["settings"] = {**(given.get("settings") or {}), **_dotted(override)}
+    if isinstance(given.get("base"), str):
+        given["base"] = read_yaml(path.parent / given["base"])
+    return parse_sweep(given, source=str(path))
+
+
+def _dotted(override: str) -> dict[str, Any]:
+    """`a.b=value` as {"a.b": value}."""
+    key = override.partition("=")[0].strip()
+    value: Any = {}
+    apply_override(value, override)
+    for part in key.split("."):
+        value = value[part]
+    return {key: value}
+
+
+def parse_sweep(given: dict[str, Any], source: str = "sweep") -> SweepConfig:
+    """Checks a sweep and the configuration of each of its cells.
+
+    Raises:
+        ConfigError: naming every unknown or bad setting, and the contender that it is of.
+    """
+    try:
+        sweep = SweepConfig.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{source}: {describe_invalid(error, list(SweepConfig.model_fields))}"
+        ) from None
+    found = contenders(sweep, source)
+    if sweep.baseline is not None and sweep.baseline not in {one.name for one in found}:
+        names = ", ".join(one.name for one in found)
+        raise ConfigError(
+            f"{source}: baseline is {sweep.baseline!r}, which is no contender. There are: {names}."
+        )
+    return sweep
+
+
+def contenders(sweep: SweepConfig, source: str = "sweep") -> list[Contender]:
+    """All combinations, in the order of the file.
+
+    Raises:
+        ConfigError: settings of one are not usable, or two are the same.
+    """
+    _check_size(sweep, source)
+    found: list[Contender] = []
+    problems: list[str] = []
+    for name, settings in _combinations(sweep):
+        merged = {**sweep.settings, **settings}
+        try:
+            config = resolve(sweep, merged, sweep.seeds[0])
+        except ConfigError as error:
+            problems.append(f"contender {name}: {error}")
+        else:
+            found.append(Contender(name, settings, config))
+    if problems:
+        raise ConfigError(f"{source}:\n" + "\n".join(problems))
+    _check_different(found, source)
+    return found
+
+
+def resolve(sweep: SweepConfig, settings: dict[str, Any], seed: int) -> RunConfig:
+    """The base's settings with others over them.
+
+    Raises:
+        ConfigError: they are not usable.
+    """
+    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    if not isinstance(sweep.base, dict):
+        raise ConfigError(f"the base {sweep.base!r} was not read.")
+    return parse_config(sweep.base, [*overrides, f"training.seed={seed}"])
+
+
+def cells_of(sweep: SweepConfig, name: str) -> list[Cell]:
+    """All runs of the sweep `name`: one seed of every contender, then the next seed, so that what
+    is there when time runs out compares all of them."""
+    return [
+        Cell(one.name, seed, run_name(name, one.name, seed), _seeded(one.config, seed))
+        for seed in sweep.seeds
+        for one in contenders(sweep)
+    ]
+
+
+def run_name(sweep: str, contender: str, seed: int) -> str:
+    """Name of a cell's run."""
+    return f"{sweep}-{contender}-s{seed}"
+
+
+def to_yaml(sweep: SweepConfig) -> str:
+    """The sweep with its base written out, as `load_sweep` reads it."""
+    return yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _seeded(config: RunConfig, seed: int) -> RunConfig:
+    return config.model_copy(update={"training": config.training.model_copy(update={"seed": seed})})
+
+
+def _combinations(sweep: SweepConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and settings; settings of the grid go over a variant's."""
+    variants: list[Variant | None] = [*sweep.variants] or [None]
+    for variant, values in itertools.product(variants, itertools.product(*sweep.grid.values())):
+        chosen = dict(zip(sweep.grid, values, strict=True))
+        parts = [variant.name] if variant else []
+        parts += [f"{key.rpartition('.')[2]}-{_slug(value)}" for key, value in chosen.items()]
+        yield "-".join(parts) or "base", {**(variant.settings if variant else {}), **chosen}
+
+
+def _slug(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "none"
+
+
+def _check_size(sweep: SweepConfig, source: str) -> None:
+    taken = [key for key in ("training.seed", *sweep.settings) if key in sweep.grid]
+    if taken:
+        raise ConfigError(
+            f"{source}: {', '.join(taken)} cannot be in the grid: seeds go under `seeds`, and what "
+            "`settings` says holds for all runs."
+        )
+    number = max(len(sweep.variants), 1) * len(sweep.seeds)
+    for values in sweep.grid.values():
+        number *= len(values)
+    if number > MOST_CELLS:
+        raise ConfigError(
+            f"{source}: {number:,} runs are more than a sweep can have ({MOST_CELLS:,}). Try fewer "
+            "values or seeds."
+        )
+
+
+def _check_different(found: list[Contender], source: str) -> None:
+    """Two names for one thing, and one name for two, are mistakes."""
+    names: set[str] = set()
+    same: dict[str, str] = {}
+    for one in found:
+        if one.name in names:
+            raise ConfigError(f"{source}: two contenders are called {one.name}.")
+        if not _NAME.fullmatch(one.name):
+            raise ConfigError(
+                f"{source}: {one.name!r} would be the name of a contender, which has at most 60 "
+                "letters, digits, '.', '_' and '-'. Give variants a name instead of a grid."
+            )
+        names.add(one.name)
+        used = used_settings(one.config)
+        content = json.dumps(
+            {
+                f"{section}.{key}": value
+                for section, values in one.config.model_dump(mode="json").items()
+                for key, value in values.items()
+                if f"{section}.{key}" in used
+            }
+        )
+        if content in same:
+            raise ConfigError(
+                f"{source}: the contenders {same[content]} and {one.name} have the same settings, "
+                "so one of them would be trained twice."
+            )
+        same[content] = one.name
