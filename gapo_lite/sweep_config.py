@@ -260,10 +260,11 @@ def resolve(sweep: SweepConfig, settings: dict[str, Any], seed: int) -> RunConfi
 def cells_of(sweep: SweepConfig, name: str) -> list[Cell]:
     """All runs of the sweep `name`: one seed of every contender, then the next seed, so that what
     is there when time runs out compares all of them."""
+    found = contenders(sweep)
     return [
         Cell(one.name, seed, run_name(name, one.name, seed), _seeded(one.config, seed))
         for seed in sweep.seeds
-        for one in contenders(sweep)
+        for one in found
     ]
 
 
