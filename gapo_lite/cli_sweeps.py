@@ -92,3 +92,15 @@ def _run(folder: SweepFolder, hours: float | None, max_runs: int | None) -> None
     )
     if state != "finished":
         raise typer.Exit(EXIT_STOPPED)
+
+
+@app.command()
+def report(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's name or folder.")],
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Write a sweep's tables and figures, finished or not: a page and a Markdown file."""
+    from gapo_lite.report import write_report
+
+    page, markdown = write_report(open_sweep(sweep, runs_dir).path)
+    typer.echo(f"{page}\n{markdown}")

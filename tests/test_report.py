@@ -1,0 +1,405 @@
+"""A sweep's report: what it claims and refuses to claim, its two files, hostile words in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from sweeping import SETTINGS, add_cell, forge_sweep, write
+from typer.testing import CliRunner
+
+from gapo_lite.cli import app
+from gapo_lite.errors import RunError
+from gapo_lite.report import sections_of, write_report
+from gapo_lite.report_blocks import Name, Section, Table, as_html, as_markdown
+from gapo_lite.report_tables import without_paths
+from gapo_lite.report_verdict import compare
+from gapo_lite.sweep_results import read_sweep_results
+
+VOID = {"meta", "br", "link", "img"}
+HOSTILE = (
+    "</style></title><script>alert(1)</script><img src=x onerror=alert(1)>|`*_[a](http://b.c)_*`"
+    "\n# $x$ ~~ @ada #1 \u202e\u2066\x1b[2J\x00\ud800 &amp; www.b.c אבג"
+)
+
+
+class _Page(HTMLParser):
+    """A page taken apart; `problems` are elements that were not closed in order."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.problems: list[str] = []
+        self.words: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.problems.append(tag)
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+
+def _written(folder: Path) -> tuple[_Page, str]:
+    page, markdown = write_report(folder)
+    return _Page(page.read_text(encoding="utf-8")), markdown.read_text(encoding="utf-8")
+
+
+def _sweep(tmp_path: Path, gains: dict[str, tuple[float, ...]], **more) -> Path:
+    """A sweep whose contenders gain so much on SimPO's accuracy, a number a seed."""
+    settings = {"simpo": {"objective.name": "simpo"}}
+    settings |= {name: {"margin.gamma": 0.3 + at / 100} for at, name in enumerate(gains)}
+    folder = forge_sweep(tmp_path, contenders=settings, **more)
+    for seed, accuracy in enumerate((0.70, 0.74, 0.66), start=1):
+        add_cell(folder, "simpo", seed, accuracy=accuracy, tokens=100.0 + seed)
+        for name, gain in gains.items():
+            if seed <= len(gain):
+                add_cell(
+                    folder, name, seed, accuracy=accuracy + gain[seed - 1], tokens=110.0 + 2 * seed
+                )
+    return folder
+
+
+# --- what may be claimed --------------------------------------------------------------------------
+
+
+def test_a_difference_whose_interval_includes_0_is_no_difference(tmp_path):
+    page, markdown = _written(_sweep(tmp_path, {"gapo": (0.03, -0.01, 0.02)}))
+    # mean 1.33, deviations 1.67, −2.33, 0.67: s = 2.08, 4.3027 · 2.08 / √3 = 5.2
+    assert "**gapo**: accuracy +1.3 ± 5.2 points (1.1 of 84 pairs) over 3 seeds." in markdown
+    assert "includes 0: no difference can be told from these runs" in markdown
+    assert "These runs do not tell the contender from simpo by held-out accuracy" in page.text
+    assert "higher" not in markdown.split("## How to read")[0]
+
+
+def test_a_clear_difference_is_one_and_its_length_stands_beside_it(tmp_path):
+    page, markdown = _written(_sweep(tmp_path, {"gapo": (0.050, 0.052, 0.051)}))
+    assert "gapo has a higher accuracy than simpo on these pairs" in page.text
+    # lengths differ by 11, 12, 13
+    assert (
+        "higher on these held-out pairs. Length of answers: +12.0 ± 2.5 tokens, longer." in markdown
+    )
+
+
+def test_a_clear_loss_is_called_one(tmp_path):
+    _, markdown = _written(_sweep(tmp_path, {"gapo": (-0.050, -0.052, -0.051)}))
+    assert "**gapo** has a lower accuracy than **simpo**" in markdown
+
+
+def test_with_many_comparisons_one_lucky_interval_is_a_lead_and_no_finding(tmp_path):
+    # ± 2.9 around 3.1 excludes 0 by itself: p = 0.043, times 4 is 0.17
+    gains = {f"g{at}": (0.02, -0.02, 0.001 * at) for at in range(3)}
+    page, markdown = _written(_sweep(tmp_path, gains | {"lucky": (0.020, 0.033, 0.040)}))
+    assert "**lucky**: accuracy +3.1 ± 2.5 points" in markdown
+    assert "among 4 comparisons that is not enough" in markdown
+    assert "do not tell any of 4 contenders from simpo" in page.text
+    assert "There are 4 comparisons with the baseline" in page.text
+    assert "about 0.2 of the intervals" in page.text
+
+
+def test_the_same_difference_on_every_seed_proves_nothing(tmp_path):
+    page, markdown = _written(_sweep(tmp_path, {"gapo": (0.05, 0.05, 0.05)}))
+    assert "It is the same on every seed" in markdown
+    assert "do not tell the contender from simpo" in page.text
+
+
+def test_one_seed_has_means_and_no_interval_and_no_verdict(tmp_path):
+    folder = forge_sweep(tmp_path, seeds=(1,))
+    add_cell(folder, "simpo", 1, accuracy=0.6)
+    add_cell(folder, "gapo", 1, accuracy=0.9)
+    page, markdown = _written(folder)
+    assert "**gapo**: accuracy +30.0 points (25.2 of 84 pairs) over 1 seed." in markdown
+    assert "One seed has no interval" in markdown
+    assert "With one seed there is none" in page.text
+    assert "| **gapo** | 1 of 1 | 90.0 |" in markdown
+    assert "do not tell the contender from simpo" in page.text
+
+
+def test_only_seeds_that_both_have_are_compared(tmp_path):
+    folder = _sweep(tmp_path, {"gapo": (0.01, 0.03)})
+    (comparison,) = compare(read_sweep_results(folder))
+    assert comparison.differences["accuracy"].num == 2
+    assert comparison.differences["accuracy"].mean == pytest.approx(0.02)
+
+
+def test_without_a_baseline_there_are_no_differences(tmp_path):
+    folder = forge_sweep(tmp_path, baseline=None)
+    add_cell(folder, "gapo", 1)
+    page, markdown = _written(folder)
+    assert "names no baseline" in page.text
+    assert "Differences" not in markdown
+
+
+def test_a_baseline_without_a_finished_run_is_told(tmp_path):
+    folder = forge_sweep(tmp_path)
+    add_cell(folder, "gapo", 1)
+    page, _ = _written(folder)
+    assert "The baseline simpo has no finished run" in page.text
+
+
+# --- what is there --------------------------------------------------------------------------------
+
+
+def test_without_a_finished_run_the_page_says_so(tmp_path):
+    page, markdown = _written(forge_sweep(tmp_path))
+    assert "No run has finished yet, so there is nothing to say." in page.text
+    assert "0 of 6 runs are finished, 6 not done yet." in page.text
+    assert "| **gapo** | 0 of 3: 3 to come |" in markdown
+    assert "figure" not in page.tags
+
+
+def test_every_measure_of_a_run_is_in_the_table(tmp_path):
+    _, markdown = _written(_sweep(tmp_path, {"gapo": (0.03, -0.01, 0.02)}))
+    head, base, simpo = (
+        next(line for line in markdown.split("\n") if line.startswith(start))
+        for start in ("| Contender | Runs", "| base model", "| **simpo** (baseline) | 3 of 3")
+    )
+    columns = [cell.strip() for cell in head.split("|")[1:-1]]
+    row = dict(zip(columns, (cell.strip() for cell in simpo.split("|")[1:-1]), strict=True))
+    # 70, 74, 66: s = 4, 4.3027 · 4 / √3 = 9.9
+    assert row["Accuracy, %"] == row["Accuracy by its own reward, %"] == "70.0 ± 9.9"
+    assert row["Reward margin"] == "2.50"
+    assert row["Target margin"] == "3.00"
+    assert row["Chosen logps, change"] == "0.100"
+    assert row["Rejected logps, change"] == "−0.080"
+    assert row["Answer, tokens"] == "102.0 ± 2.5"
+    assert row["Cut short, %"] == "25"
+    assert row["Repetition, %"] == "4.0"
+    assert base.split("|")[3].strip() == "50.0"
+    assert base.split("|")[9].strip() == "90.0"
+
+
+def test_failed_dropped_and_missing_runs_are_counted_and_explained(tmp_path):
+    folder = _sweep(tmp_path, {"gapo": (0.03,)}, halving={"first_steps": 4})
+    add_cell(folder, "gapo", 2, state="dropped", step=4)
+    run = "sweep-gapo-s3"
+    message = "out of memory in /home/ada/runs/x.py: lower data.max_length"
+    record = {"run": run, "contender": "gapo", "seed": 3, "state": "failed", "message": message}
+    write(folder / "cells" / f"{run}.json", record)
+    page, markdown = _written(folder)
+    assert "| **gapo** | 1 of 3: 1 failed, 1 dropped at step 4 |" in markdown
+    assert "4 of 6 runs are finished, 1 failed, 1 dropped by halving." in page.text
+    assert "gapo, seed 3, failed: out of memory in x.py: lower data.max_length" in page.text
+    assert "1 run was stopped early by successive halving" in page.text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308, None, "x"])
+def test_any_value_makes_a_report(tmp_path, value):
+    folder = forge_sweep(tmp_path)
+    for seed in (1, 2, 3):
+        add_cell(folder, "simpo", seed, accuracy=0.6 + seed / 100)
+        record = add_cell(folder, "gapo", seed, accuracy=0.7)
+        keys = ("tuned", "base")
+        broken = {key: dict.fromkeys(record[key], value) for key in keys} if seed > 1 else {}
+        add_cell(folder, "gapo", seed, **broken, target_reward_margin=value, answers=value)
+    page, markdown = _written(folder)
+    assert page.problems == []
+    assert not re.search(r"\bnan\b|\binf\b", markdown)
+
+
+def test_a_measure_that_only_some_runs_have_says_of_how_many_it_is(tmp_path):
+    folder = forge_sweep(tmp_path)
+    add_cell(folder, "gapo", 1, tokens=100.0)
+    add_cell(folder, "gapo", 2, tokens=None)
+    _, markdown = _written(folder)
+    assert "100.0 (1 of 2)" in markdown
+
+
+def test_the_papers_figures_and_the_deciles_are_drawn(tmp_path):
+    page, markdown = _written(_sweep(tmp_path, {"gapo": (0.03, -0.01, 0.02)}))
+    titles = {dict([one])["aria-label"] for one in page.attributes if one[0] == "aria-label"}
+    told = " ".join(filter(None, titles))
+    for start in (
+        "Accuracy and change of chosen logps: base model, simpo, gapo",
+        "Accuracy and length of answers",
+        "Accuracy, difference: gapo +1.3 ± 5.2",
+        "rougeL: 400 values from 0 to 1",
+        "gapo: base model, gapo.",
+    ):
+        assert start in told
+    assert "| 0.00 to 0.09 | 8 | 50.0 | 80.0 |" in markdown
+
+
+def test_rank_correlations_stand_where_agree_has_found_some(tmp_path):
+    folder = _sweep(tmp_path, {"gapo": (0.03, -0.01, 0.02)})
+    rho = {"rho": 0.123, "low": -0.01, "high": 0.25}
+    found = {
+        "judgement": "ratings",
+        "metrics": [{"metric": "rougeL", "gap": rho, "at_equal_lengths": {"rho": None}}],
+        "length": rho,
+        "sentence": "Hardly.",
+    }
+    write(folder / "agree.json", found)
+    page, markdown = _written(folder)
+    assert "| rougeL | +0.12 (−0.01 to +0.25) | – |" in markdown
+    assert "Hardly. ρ is Spearman's rank correlation" in page.text
+    for damaged in ({"metrics": 3}, {"metrics": [1]}, {"x": 1}):
+        write(folder / "agree.json", damaged)
+        assert "Spearman" not in _written(folder)[0].text
+
+
+# --- the files ------------------------------------------------------------------------------------
+
+
+def test_the_same_sweep_gives_the_same_bytes(tmp_path):
+    folder = _sweep(tmp_path, {"gapo": (0.03, -0.01, 0.02)})
+    first = [path.read_bytes() for path in write_report(folder)]
+    again = [path.read_bytes() for path in write_report(folder)]
+    assert first == again
+    assert {path.name for path in folder.iterdir() if "report" in path.name} == {
+        "report.html",
+        "report.md",
+    }
+
+
+def test_the_page_is_whole_and_asks_for_nothing_elsewhere(tmp_path):
+    folder = _sweep(tmp_path, {"gapo": (0.03, -0.01, 0.02)})
+    page, _ = _written(folder)
+    assert page.problems == []
+    assert page.open == []
+    assert not {"script", "link", "img", "iframe", "button", "object"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name in ("src", "href", "onload", "onclick")]
+    source = (folder / "report.html").read_text(encoding="utf-8")
+    assert "url(" not in source
+    assert "@import" not in source
+
+
+def test_the_dark_is_the_readers_own(tmp_path):
+    source = write_report(forge_sweep(tmp_path))[0].read_text(encoding="utf-8")
+    assert not re.search(r"^\.dark", source, re.MULTILINE)
+    assert (
+        "@media screen and (prefers-color-scheme: dark) { :root {\n  --chart-train: #4ba3e3"
+        in source
+    )
+    style = source[source.index("<style>") : source.index("</style>")]
+    assert style.count("{") == style.count("}")
+
+
+def test_no_local_path_or_user_gets_into_the_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/jqz")
+    data = tmp_path / "jqz-private" / "pairs.jsonl"
+    settings = SETTINGS | {"other": {"data.source": str(data)}}
+    folder = forge_sweep(tmp_path / "jqz-runs", contenders=settings)
+    for name in settings:
+        add_cell(folder, name, 1)
+    for path in write_report(folder):
+        text = path.read_text(encoding="utf-8")
+        assert "jqz" not in text
+        assert str(tmp_path) not in text
+        assert "data.source = pairs.jsonl" in text
+
+
+def test_messages_keep_the_last_part_of_a_path():
+    told = without_paths("cannot read '/home/ada b/x y.jsonl' or ~/z/a.bin, see https://a.b/c/d")
+    assert told == "cannot read x y.jsonl or a.bin, see https://a.b/c/d"
+    assert without_paths("rewards/margins of HuggingFaceTB/SmolLM2") == (
+        "rewards/margins of HuggingFaceTB/SmolLM2"
+    )
+    assert len(without_paths("x" * 10_000)) == 600
+
+
+def test_a_full_disk_leaves_the_old_report_alone(tmp_path, monkeypatch):
+    folder = _sweep(tmp_path, {"gapo": (0.03, -0.01, 0.02)})
+    before = [path.read_bytes() for path in write_report(folder)]
+    add_cell(folder, "gapo", 1, accuracy=0.99)
+
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunError, match="No space left"):
+        write_report(folder)
+    monkeypatch.undo()
+    assert [path.read_bytes() for path in (folder / "report.html", folder / "report.md")] == before
+    assert not [path for path in folder.iterdir() if ".part" in path.name]
+
+
+def test_hostile_words_stay_words_in_both_files(tmp_path):
+    folder = _sweep(tmp_path, {"gapo": (0.03, -0.01, 0.02)})
+    results = read_sweep_results(folder)
+    tame = _Page(as_html("t", sections_of(results), ""))
+    gapo = results.contenders[1]
+    cells = tuple(dataclasses.replace(one, message=HOSTILE) for one in gapo.cells)
+    contender = dataclasses.replace(gapo, name=HOSTILE, metric=HOSTILE, cells=cells)
+    results = dataclasses.replace(
+        results,
+        name=HOSTILE,
+        model=HOSTILE,
+        data=HOSTILE,
+        contenders=(results.contenders[0], contender),
+        machines=(HOSTILE,),
+        decile_metric=HOSTILE,
+    )
+    html = as_html(HOSTILE, sections_of(results), "")
+    page = _Page(html)
+    assert set(page.tags) == set(tame.tags)
+    assert page.problems == []
+    assert not {"\u202e", "\u2066", "\x1b", "\x00", "\ud800"} & set(html)
+    html.encode("utf-8")
+    text = as_markdown(HOSTILE, sections_of(results), "")
+    assert not {"\u202e", "\u2066", "\x1b", "\x00", "\ud800"} & set(text)
+    assert "<script" not in text.replace("\\<", "")
+    for block in text.split("\n\n"):
+        if block.startswith("| "):  # every bar inside a cell is escaped: the columns stay
+            bars = {len(re.findall(r"(?<!\\)\|", line)) for line in block.split("\n")}
+            assert len(bars) == 1
+
+
+def test_markdown_makes_no_mention_link_or_formula_of_a_name():
+    table = Table(("a",), ((Name("@ada #1 www.b.c http://b.c $x$ a_b _c_ `d`"),),))
+    text = as_markdown("t", [Section("", ()), Section("s", (table,))], "")
+    for live in ("@ada", "#1", "www.", "://b", "$x", " _c_", " `d`"):
+        assert live not in text
+    assert "a_b" in text  # inside of a word it is no emphasis, and stays readable
+
+
+def test_a_name_from_right_to_left_is_kept_apart():
+    section = Section("s", (Table(("a",), ((Name("אבג"),),)),))
+    assert "<bdi>אבג</bdi>" in as_html("t", [Section("", ()), section], "")
+    assert "**\u2068אבג\u2069**" in as_markdown("t", [Section("", ()), section], "")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command_writes_both_files_and_says_where(tmp_path):
+    folder = _sweep(tmp_path, {"gapo": (0.03, -0.01, 0.02)})
+    for argument in ("sweep", str(folder)):
+        result = CliRunner().invoke(app, ["report", argument, "--runs-dir", str(tmp_path)])
+        assert result.exit_code == 0, result.output
+        assert result.stdout.split() == [str(folder / "report.html"), str(folder / "report.md")]
+    result = CliRunner().invoke(app, ["report", "nothing", "--runs-dir", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "there is no sweep 'nothing'" in result.output
+
+
+def test_a_report_needs_no_torch(tmp_path):
+    import subprocess
+    import sys
+
+    folder = forge_sweep(tmp_path)
+    code = (
+        "import json, sys; from pathlib import Path; from gapo_lite.report import write_report; "
+        f"write_report(Path({str(folder)!r})); print(json.dumps('torch' in sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(out.stdout) is False
