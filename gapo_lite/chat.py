@@ -51,6 +51,8 @@ class Voice:
         model: the policy, in eval mode.
         tuned: the same where it has an adapter that can be left out, else None.
         context: tokens that question and answer may have together; None if the model does not say.
+        base: the base model's configured name.
+        adapter: the folder that the adapter was loaded from.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Voice:
     model: Policy
     tuned: PeftModel | None
     context: int | None
+    base: str
+    adapter: Path | None = None
 
 
 def load_voice(name: str, runs_dir: Path) -> Voice:
@@ -79,9 +83,9 @@ def load_voice(name: str, runs_dir: Path) -> Voice:
     dtype = pick_precision(config.precision, device)
     if run and adapter:
         tuned = load_policy(run.config(), adapter, quantization, dtype, device)
-        return Voice(run.name, tokenizer, tuned, tuned, _context(tuned))
+        return Voice(run.name, tokenizer, tuned, tuned, _context(tuned), config.name, adapter)
     base = load_base(config.name, quantization=quantization, dtype=dtype, device=device).eval()
-    return Voice(name, tokenizer, base, None, _context(base))
+    return Voice(name, tokenizer, base, None, _context(base), config.name)
 
 
 def find_run(name: str, runs_dir: Path) -> Run | None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gapo_lite import cli_sweeps  # noqa: F401  (registers its commands)
+from gapo_lite import cli_answers, cli_sweeps  # noqa: F401  (they register their commands)
 from gapo_lite.cli_app import (
     EXIT_STOPPED,
     MaxTokens,
@@ -132,6 +132,11 @@ def demo(
     for name, text in _answers(conversation, prompt).items():
         typer.echo(f"{name + ':':<7} {visible(text)}")
     _say_what_next(run)
+
+
+def _answers(conversation: Conversation, question: str) -> dict[str, str]:
+    base = "".join(conversation.ask_base(question))
+    return {"base": base, "tuned": "".join(conversation.ask(question))}
 
 
 def _import_unsloth_first(config: RunConfig) -> None:
@@ -348,77 +353,7 @@ def _write_json(out: Path, content: dict[str, Any]) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-# -- generate and chat --
-
-
-@app.command()
-def generate(
-    name: RunOrModel,
-    out: Annotated[Path, typer.Option(help="A .jsonl file for the answers.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt. Repeatable.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A .txt (a prompt a line) or .jsonl (with `prompt`).")
-    ] = None,
-    runs_dir: RunsDir = Path("runs"),
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    max_tokens: MaxTokens = 256,
-    seed: Seed = 0,
-) -> None:
-    """Answer prompts: by base and tuned model for a run, else by the model."""
-    questions = [*(prompt or []), *(_read_prompts(prompts) if prompts else [])]
-    if not questions:
-        raise ConfigError("there is nothing to answer: give --prompt TEXT or --prompts FILE.")
-    check_out(out, prompts or "")
-    from rich.console import Console
-    from rich.progress import track
-
-    from gapo_lite.chat import Conversation, load_voice
-
-    voice = load_voice(name, runs_dir)
-    rows = []
-    silent = not sys.stderr.isatty()
-    for question in track(questions, "answering", console=Console(stderr=True), disable=silent):
-        conversation = Conversation(
-            voice, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, tell=note
-        )
-        rows.append({"prompt": question, **_answers(conversation, question)})
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with whole_file(out) as part:
-        part.write_text(text, encoding="utf-8")
-    typer.echo(f"{len(rows)} prompts answered, written to {out}")
-
-
-def _answers(conversation: Conversation, question: str) -> dict[str, str]:
-    if conversation.voice.tuned is None:
-        return {"answer": "".join(conversation.ask(question))}
-    base = "".join(conversation.ask_base(question))
-    return {"base": base, "tuned": "".join(conversation.ask(question))}
-
-
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        lines = list(enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"the prompts in {path} cannot be read: {error}. Give a UTF-8 .txt or .jsonl file."
-        ) from None
-    lines = [(number, line) for number, line in lines if line.strip()]
-    if path.suffix != ".jsonl":
-        return [line.strip() for _, line in lines]
-    return [_prompt_of(path, number, line) for number, line in lines]
-
-
-def _prompt_of(path: Path, number: int, line: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-        prompt = None
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise DataError(
-            f'{path}:{number}: expected an object such as {{"prompt": "What is a leap year?"}}.'
-        )
-    return prompt
+# -- chat --
 
 
 @app.command()

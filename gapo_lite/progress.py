@@ -86,24 +86,45 @@ def scoring_progress(metric: str, enabled: bool) -> Iterator[Callable[[int, int]
     if not enabled:
         yield None
         return
+    with counting_progress(f"scoring {metric}", "pairs") as progress:
+        yield progress
+
+
+@contextlib.contextmanager
+def counting_progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, total) that moves a bar with a time to go.
+
+    Args:
+        label: what is being done.
+        unit: of what is counted.
+    """
     if not sys.stderr.isatty():
-        yield _Lines(metric)
+        yield _Lines(label, unit)
         return
     with _bar() as bar:
-        task = bar.add_task(f"scoring {metric}", total=None)
+        task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class _Lines:
     """The callback where there is no terminal: a line at most every few seconds."""
 
-    def __init__(self, metric: str):
-        self._metric, self._last = metric, time.monotonic()
+    def __init__(self, label: str, unit: str):
+        self._label, self._unit = label, unit
+        self._begin = self._last = time.monotonic()
+        self._first: int | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self._last > _SECONDS_A_LINE:
-            self._last = time.monotonic()
-            logger.info("scoring %s: %d of %d pairs", self._metric, done, total)
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._begin = done, now
+        if now - self._last <= _SECONDS_A_LINE:
+            return
+        self._last, eta = now, ""
+        if done > self._first:
+            left = (now - self._begin) / (done - self._first) * (total - done)
+            eta = f" · {left / 60:.1f} min left"
+        logger.info("%s: %d of %d %s%s", self._label, done, total, self._unit, eta)
 
 
 def _bar(*more: TextColumn) -> Progress:

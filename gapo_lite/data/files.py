@@ -36,6 +36,8 @@ class Table(NamedTuple):
     rows: Iterator[NumberedRow]
 
 
+PROMPT_COLUMNS = ("instruction", "input", "turns", "question_id", "uid", "category", "dataset")
+"""Columns that prompts are read from, and no pairs; see prompts.py."""
 BATCH_ROWS = 1000
 MAX_UNPACKED = 8 * 1024**3
 """Bytes that a .gz file, or what is read of a .parquet file, may unpack to."""
@@ -396,9 +398,10 @@ def wanted_columns(columns: Mapping[str, bool]) -> list[str]:
     Args:
         columns: name → whether it holds numbers.
     """
-    if not any(column in COLUMNS for column in columns):
+    read = {*COLUMNS, *PROMPT_COLUMNS}
+    if not any(column in read for column in columns):
         return list(columns)
-    return [column for column, is_number in columns.items() if is_number or column in COLUMNS]
+    return [column for column, is_number in columns.items() if is_number or column in read]
 
 
 READERS: dict[str, Callable[[Any, str], Table]] = {
