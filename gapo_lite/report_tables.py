@@ -136,13 +136,21 @@ def differences_table(comparisons: list[Comparison]) -> Table:
     measures = [
         one for one in COMPARED if any(each.differences[one.key].num for each in comparisons)
     ]
+    by_pair = any(one.over_pairs for one in comparisons)
     rows: list[tuple[Words, ...]] = []
     for one in comparisons:
         cells = [with_interval(one.differences[each.key], each, signed=True) for each in measures]
         num = one.differences["accuracy"].num
-        rows.append((Name(one.contender.name), str(num), *cells, write_p(one.p)))
+        last = (write_p(one.p), _over_pairs(one)) if by_pair else (write_p(one.p),)
+        rows.append((Name(one.contender.name), str(num), *cells, *last))
     titles = (f"{one.title.partition(',')[0]}, {one.unit}" for one in measures)
-    return Table(("Contender", "Seeds", *titles, "Holm's p of accuracy"), tuple(rows))
+    ends = ("Holm's p of accuracy", "Accuracy, ± over pairs")[: 1 + by_pair]
+    return Table(("Contender", "Seeds", *titles, *ends), tuple(rows))
+
+
+def _over_pairs(one: Comparison) -> str:
+    half = one.over_pairs.half_width if one.over_pairs else None
+    return "–" if half is None else f"± {ACCURACY.write(half)}"
 
 
 def deciles_table(results: SweepResults) -> Table | None:

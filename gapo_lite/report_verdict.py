@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from gapo_lite.axes import number
 from gapo_lite.report_blocks import Name, Words
 from gapo_lite.statistics import Estimate, difference, estimate, holm, t_quantile, wilson
@@ -71,11 +73,14 @@ class Comparison:
         contender: with at least one finished run, or none.
         differences: key of COMPARED → differences paired by seed.
         p: of the accuracy's difference, Holm's over all comparisons; None without an interval.
+        over_pairs: the accuracy's difference with its interval over held-out pairs, each pair's
+            mean over the seeds; None where it is not known which pairs were hit.
     """
 
     contender: ContenderResult
     differences: dict[str, Estimate]
     p: float | None
+    over_pairs: Estimate | None = None
 
     @property
     def is_found(self) -> bool:
@@ -96,9 +101,29 @@ def compare(results: SweepResults) -> list[Comparison]:
     # One without an interval cannot be found, but is a comparison that was made.
     adjusted = holm([1.0 if each["accuracy"].p is None else each["accuracy"].p for each in found])
     return [
-        Comparison(other, each, None if each["accuracy"].p is None else p)
+        Comparison(
+            other,
+            each,
+            None if each["accuracy"].p is None else p,
+            difference_over_pairs(other, baseline),
+        )
         for other, each, p in zip(others, found, adjusted, strict=True)
     ]
+
+
+def difference_over_pairs(contender: ContenderResult, baseline: ContenderResult) -> Estimate | None:
+    """How much more often a contender hits a pair, with the interval over pairs.
+
+    None where a run has not kept its hits, or the two were measured on other pairs.
+    """
+    theirs = {cell.seed: cell for cell in baseline.finished}
+    shared = [(cell, theirs[cell.seed]) for cell in contender.finished if cell.seed in theirs]
+    if not shared or len({len(cell.hits) for both in shared for cell in both}) > 1:
+        return None
+    if len({cell.data for both in shared for cell in both}) > 1 or not shared[0][0].hits:
+        return None
+    gains = [np.subtract(ours.hits, other.hits, dtype=np.float64) for ours, other in shared]
+    return estimate(np.mean(gains, axis=0).tolist())
 
 
 def with_interval(found: Estimate, measure: Measure, *, signed: bool = False) -> str:
@@ -202,7 +227,17 @@ def _meaning(one: Comparison, num_comparisons: int) -> str:
         )
     how = "higher" if found.mean > 0 else "lower"
     among = f", also among {num_comparisons} comparisons" if num_comparisons > 1 else ""
-    return f"The interval excludes 0{among} ({p}): {how} on these held-out pairs."
+    told = f"The interval excludes 0{among} ({p}): {how} on these held-out pairs."
+    return told + _for_new_pairs(one.over_pairs)
+
+
+def _for_new_pairs(found: Estimate | None) -> str:
+    if found is None or found.half_width is None:
+        return ""
+    half = f" Over the pairs it is ± {ACCURACY.write(found.half_width)} points"
+    if found.includes_zero:
+        return f"{half}, which includes 0: other pairs might show nothing of it."
+    return f"{half}, which excludes 0 too."
 
 
 def _length(one: Comparison) -> str:
@@ -244,7 +279,7 @@ def cautions(results: SweepResults, comparisons: list[Comparison]) -> tuple[Word
     """What the numbers do and do not cover; only what these runs give cause for."""
     found = [
         _on_intervals(results),
-        _on_heldout(results),
+        _on_heldout(results, comparisons),
         _on_many(comparisons),
         "Accuracy counts the held-out pairs whose chosen response has the higher average "
         "log-probability per token, which is the same measure for all objectives. By its own "
@@ -277,18 +312,24 @@ def _on_intervals(results: SweepResults) -> str:
     )
 
 
-def _on_heldout(results: SweepResults) -> str:
+def _on_heldout(results: SweepResults, comparisons: list[Comparison]) -> str:
     num = num_heldout(results)
     accuracies = [value for one in results.contenders for value in one.values("accuracy").values()]
     mean = estimate(accuracies).mean
     if not num or not 0 <= mean <= 1:
         return ""
+    differing = (
+        "by how much is not known here."
+        if all(one.over_pairs is None for one in comparisons)
+        else "half of each difference's 95 % interval over pairs stands in the table of "
+        "differences (of each pair the mean over the seeds; pairs taken as independent)."
+    )
     share, low, high = (f"{ACCURACY.write(one)} %" for one in (mean, *wilson(mean, num)))
     return (
         "For new pairs of the same kind there is a second uncertainty that no number of seeds "
         f"takes away: an accuracy of {share} on {num:,} held-out pairs has a 95 % interval from "
         f"{low} to {high} (Wilson's, of a share). All contenders meet the same pairs, so "
-        "differences between them are less uncertain than that; by how much is not measured here."
+        f"differences between them are less uncertain than that; {differing}"
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,9 @@ class CellResult:
         values: measures that are there, keys of MEASURES and "chosen_change", "rejected_change"
             (tuned − base, nats a token); what isn't a number is NaN.
         by_ef: the least alike first.
+        hits: of each held-out pair, whether its chosen response is the likelier one; empty where
+            that is not kept.
+        data: fingerprint of the pairs, "" where that is not kept.
     """
 
     run: str
@@ -86,6 +89,8 @@ class CellResult:
     message: str = ""
     values: dict[str, float] = field(default_factory=dict)
     by_ef: tuple[EfGroup, ...] = ()
+    hits: tuple[bool, ...] = ()
+    data: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -269,7 +274,10 @@ def _contender(
     cells = []
     for seed in sweep.seeds:
         run = run_name(reader.folder.resolve().name, contender.name, seed)
-        cells.append(_cell(run, seed, records.get(run, {})))
+        cell = _cell(run, seed, records.get(run, {}))
+        if cell.state == "finished":
+            cell = replace(cell, hits=_hits(reader.of_run(run, "heldout.json")))
+        cells.append(cell)
     config = contender.config
     ef, margins = None, None
     for cell in (cell for cell in cells if cell.state == "finished"):
@@ -301,8 +309,28 @@ def _cell(run: str, seed: int, record: dict[str, Any]) -> CellResult:
             values[f"{side}_change"] = values[parts[0]] - values[parts[1]]
     state = str(record.get("state", "missing"))
     return CellResult(
-        run, seed, state, str(record.get("message") or ""), values, _groups(record.get("by_ef"))
+        run,
+        seed,
+        state,
+        str(record.get("message") or ""),
+        values,
+        _groups(record.get("by_ef")),
+        data=str(record.get("data_fingerprint") or ""),
     )
+
+
+def _hits(heldout: dict[str, Any]) -> tuple[bool, ...]:
+    scores = _mapping(heldout.get("newest"))
+    try:
+        chosen, rejected = (
+            np.asarray(scores.get(key), dtype=np.float64)
+            for key in ("chosen_logps", "rejected_logps")
+        )
+    except (TypeError, ValueError, OverflowError):
+        return ()
+    if chosen.ndim != 1 or chosen.shape != rejected.shape:
+        return ()
+    return tuple((chosen > rejected).tolist())
 
 
 def _groups(found: Any) -> tuple[EfGroup, ...]:

@@ -120,6 +120,16 @@ def _group(at: int, accuracy: float) -> dict[str, float]:
     }
 
 
+def keep_hits(folder: Path, contender: str, seed: int, hits: list[bool]) -> None:
+    """Writes which held-out pairs a run ranks rightly, as its last evaluation leaves it."""
+    scores = {
+        "chosen_logps": [-1.0] * len(hits),
+        "rejected_logps": [-2.0 + 2 * (not h) for h in hits],
+    }
+    run = folder.parent / f"{folder.name}-{contender}-s{seed}"
+    write(run / "heldout.json", {"base": scores, "newest": {"step": 12, **scores}})
+
+
 def forge_leavings(run: Path, seed: int) -> None:
     """What a run's folder says of its margins and its machine."""
     run.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from sweeping import SETTINGS, add_cell, forge_sweep, write
+from sweeping import SETTINGS, add_cell, forge_sweep, keep_hits, write
 from typer.testing import CliRunner
 
 from gapo_lite.cli import app
@@ -120,6 +120,51 @@ def test_the_same_difference_on_every_seed_proves_nothing(tmp_path):
     page, markdown = _written(_sweep(tmp_path, {"gapo": (0.05, 0.05, 0.05)}))
     assert "It is the same on every seed" in markdown
     assert "do not tell the contender from simpo" in page.text
+
+
+def _with_hits(folder: Path, ours: list[list[bool]], theirs: list[list[bool]]) -> Path:
+    for seed, (our, their) in enumerate(zip(ours, theirs, strict=True), start=1):
+        keep_hits(folder, "gapo", seed, our)
+        keep_hits(folder, "simpo", seed, their)
+    return folder
+
+
+def test_the_interval_over_pairs_takes_each_pairs_mean_over_seeds(tmp_path):
+    folder = _sweep(tmp_path, {"gapo": (0.05, 0.052)})
+    _with_hits(
+        folder,
+        [[True, True, True, False], [True, True, False, False]],
+        [[False, True, False, False], [False, True, True, False]],
+    )
+    (comparison,) = compare(read_sweep_results(folder))
+    # gains by pair: (1 + 1)/2, 0, (1 − 1)/2, 0: mean 1/4, s = 1/2, t₃ = 3.1824, s/√4 = 1/4
+    assert comparison.over_pairs.mean == 0.25
+    assert comparison.over_pairs.half_width == pytest.approx(3.1824 / 4, abs=1e-4)
+    _, markdown = _written(folder)
+    assert "| ± 79.6 |" in markdown
+    assert "stands in the table of differences" in markdown
+
+
+def test_a_finding_on_these_pairs_says_whether_it_would_hold_on_others(tmp_path):
+    folder = _sweep(tmp_path, {"gapo": (0.050, 0.052, 0.051)})
+    few = [[True, True, False, False]] * 3, [[False, True, False, False]] * 3
+    assert (
+        "includes 0: other pairs might show nothing of it" in _written(_with_hits(folder, *few))[1]
+    )
+    many = [[True] * 30 + [False] * 10] * 3, [[True] * 10 + [False] * 30] * 3
+    assert "points, which excludes 0 too." in _written(_with_hits(folder, *many))[1]
+
+
+def test_pairs_that_are_not_the_same_are_not_compared(tmp_path):
+    folder = _sweep(tmp_path, {"gapo": (0.05,)})
+    _with_hits(folder, [[True, True]], [[True, False, True]])
+    assert compare(read_sweep_results(folder))[0].over_pairs is None
+    _with_hits(folder, [[True, True]], [[True, False]])
+    assert compare(read_sweep_results(folder))[0].over_pairs is not None
+    add_cell(folder, "gapo", 1, data_fingerprint="another")
+    assert compare(read_sweep_results(folder))[0].over_pairs is None
+    write(folder.parent / "sweep-gapo-s1" / "heldout.json", {"newest": {"chosen_logps": "x"}})
+    assert compare(read_sweep_results(folder))[0].over_pairs is None
 
 
 def test_one_seed_has_means_and_no_interval_and_no_verdict(tmp_path):
