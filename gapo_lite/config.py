@@ -429,7 +429,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file is missing, empty or not YAML, or any setting is unknown or out of
             range.
     """
-    return parse_config(_read_yaml(Path(path)), overrides, source=str(path))
+    return parse_config(read_yaml(Path(path)), overrides, source=str(path))
 
 
 def parse_config(
@@ -442,13 +442,18 @@ def parse_config(
     """
     settings = copy.deepcopy(settings)
     for override in overrides:
-        _apply_override(settings, override)
+        apply_override(settings, override)
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
-        lines = [f"  {_describe(problem)}" for problem in error.errors()]
-        noun = "setting is" if len(lines) == 1 else f"{len(lines)} settings are"
-        raise ConfigError(f"{source}: {noun} not usable.\n" + "\n".join(lines)) from None
+        raise ConfigError(f"{source}: {describe_invalid(error, setting_keys())}") from None
+
+
+def describe_invalid(error: ValidationError, known: Sequence[str]) -> str:
+    """Every problem of some settings, a line each; `known` are the keys that there are."""
+    lines = [f"  {_describe(problem, known)}" for problem in error.errors()]
+    noun = "setting is" if len(lines) == 1 else f"{len(lines)} settings are"
+    return f"{noun} not usable.\n" + "\n".join(lines)
 
 
 def settings_difference(own: RunConfig, other: RunConfig) -> list[str]:
@@ -492,7 +497,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file.
+
+    Raises:
+        ConfigError: it is missing, empty or not YAML.
+    """
     if not path.is_file():
         near = difflib.get_close_matches(
             path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1
@@ -512,7 +522,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _apply_override(settings: dict[str, Any], override: str) -> None:
+def apply_override(settings: dict[str, Any], override: str) -> None:
+    """Puts the value of `key=value` (a dotted key, a YAML value) into nested settings.
+
+    Raises:
+        ConfigError: it is not of that form, or a part of the key is a value.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r}: write key=value, for example margin.gamma=0.5.")
@@ -531,17 +546,16 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     settings[last] = value
 
 
-def _describe(problem: Any) -> str:
+def _describe(problem: Any, known: Sequence[str]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"{key}: there is no such setting.{_nearest(key)}"
+        return f"{key}: there is no such setting.{_nearest(key, known)}"
     message = problem["msg"].removeprefix("Value error, ")
     given = "" if isinstance(problem["input"], dict) else f", but is {problem['input']!r}"
     return f"{key}: {message[0].lower()}{message[1:]}{given}"
 
 
-def _nearest(key: str) -> str:
-    known = setting_keys()
+def _nearest(key: str, known: Sequence[str]) -> str:
     section, _, last = key.rpartition(".")
     same_section = [k for k in known if k.rpartition(".")[0] == section]
     by_name = {k.rpartition(".")[2]: k for k in known}
@@ -551,6 +565,6 @@ def _nearest(key: str) -> str:
             by_name[name]
             for name in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.7)
         ]
-        or difflib.get_close_matches(key, list(RunConfig.model_fields), n=1)
+        or difflib.get_close_matches(key, {k.partition(".")[0] for k in known}, n=1)
     )
     return f" Did you mean {near[0]}?" if near else ""
