@@ -31,6 +31,7 @@ from app.notices import as_html
 from app.services import Services
 from gapo_lite.axes import number
 from gapo_lite.errors import GapoError
+from gapo_lite.repetition import repetition
 from gapo_lite.runs import ACTIVE_STATES, Run, read_jsonl
 
 POLL_S = 0.5
@@ -240,11 +241,17 @@ def _samples(rows: list[dict[str, Any]], wanted: bool) -> str:
         prompt[int(row.get("step", 0))] = str(row.get("answer"))
     last = max(step for steps in answers.values() for step in steps)
     cells = [
-        (prompt, steps.get(0, "–"), steps[max(steps)] if max(steps) else "–")
+        (prompt, steps.get(0, "–"), steps[max(steps)] if max(steps) else "–", _repeated(steps))
         for prompt, steps in answers.items()
     ]
-    columns = ("prompt", "base model (step 0)", f"tuned (step {last})")
+    columns = ("prompt", "base model (step 0)", f"tuned (step {last})", "repeats itself")
     return f"<h3>Fixed prompts</h3>{views.table(columns, cells, text=True)}"
+
+
+def _repeated(steps: dict[int, str]) -> str:
+    """How much of an answer was there before: of the first one known, and of the newest."""
+    ends = dict.fromkeys((min(steps), max(steps)))
+    return " → ".join(f"{repetition(steps[step]):.0%}" for step in ends)
 
 
 def _status(report: jobs.JobReport, run: Run | None) -> str:

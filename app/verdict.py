@@ -21,8 +21,9 @@ import numpy as np
 from app.children import cleaned
 from app.curves import Ends, summary
 from app.history import History, config_of, read_history, version
-from app.verdict_facts import Facts, Samples, repetition
+from app.verdict_facts import Facts, Samples
 from gapo_lite.objectives import OBJECTIVES
+from gapo_lite.repetition import repetition
 from gapo_lite.runs import Run, read_jsonl
 
 Level = Literal["good", "watch", "bad"]
@@ -110,7 +111,7 @@ def judge(
             none is asked for.
         state: of `Run.state()`.
         max_grad_norm: what gradients are clipped to.
-        message: why the run failed, as status.json has it.
+        message: of status.json: why the run failed, or what its drift guard says.
     """
     facts = Facts(
         history, samples, beta, is_averaged, target_reward_margin, state, max_grad_norm, message
@@ -197,6 +198,19 @@ def _interrupted(facts: Facts) -> Finding | None:
         "or the system ran out of memory.",
         "Resume goes on from the last checkpoint. If it happens again, lower "
         "training.micro_batch_size or data.max_length.",
+    )
+
+
+def _drift_guard(facts: Facts) -> Finding | None:
+    if facts.state == "failed" or not facts.message:
+        return None
+    has_stopped = facts.state == "stopped"
+    return Finding(
+        "bad",
+        "The drift guard stopped the run" if has_stopped else "Chosen answers fell beyond the limit",
+        " ".join(facts.message.split())[:600],
+        "Read the answers to training.sample_prompts before and after"
+        f"{'.' if has_stopped else ', and stop it if they have become worse.'}",
     )
 
 
@@ -479,7 +493,8 @@ _RULES: dict[_Rule, tuple[_Rule, ...]] = {
     _failed: (),
     _not_a_number: (),
     _interrupted: (),
-    _chosen_falls: (),
+    _drift_guard: (),
+    _chosen_falls: (_drift_guard,),
     _gradient_explodes: (),
     _answers_empty: (),
     _answers_loop: (),

@@ -23,9 +23,6 @@ Samples = Sequence[Mapping[str, Any]]
 EARLY_STEPS = 10
 """AdamW's averages span some 10 steps; before that a model has hardly moved."""
 
-REPETITION_CHARACTERS = 20
-"""Longer than phrases that people repeat, in any script."""
-
 
 @dataclass(frozen=True, eq=False)
 class Facts:
@@ -154,17 +151,6 @@ class Facts:
         held, steps = self.history.evaluation["step"], self.history.training["step"]
         measured = held[-1] if len(held) > 1 else steps[-1]
         return int(measured - steps[np.nanargmax(rates)])
-
-
-def repetition(text: str) -> float:
-    """Share of a text's stretches of 20 characters that occurred in it before: 0 (none) to nearly
-    1 (a loop)."""
-    text = " ".join(text.lower().split())
-    count = len(text) - REPETITION_CHARACTERS + 1
-    if count < REPETITION_CHARACTERS:
-        return 0.0
-    different = {text[start : start + REPETITION_CHARACTERS] for start in range(count)}
-    return 1 - len(different) / count
 
 
 def _mean(values: np.ndarray) -> float:

@@ -374,6 +374,13 @@ def test_margins_come_from_columns_that_one_names(tiny_settings, tiny_model, tmp
     assert one == pytest.approx([0.25, 0.75])
 
 
+def test_a_judged_strength_serves_as_the_rating(tiny_settings, tiny_model, tmp_path):
+    path = rated(tmp_path, [{"strength": 0.9}, {"strength": 0.3}, {"strength": 0.6}])
+    found, note = margins_of(tiny_settings, tiny_model, path, ["strength"])
+    assert found == pytest.approx([0.75, 0.25, 0.5])
+    assert "differences of ratings" in note
+
+
 def test_a_pair_without_ratings_has_the_average_margin_and_is_counted(
     tiny_settings, tiny_model, tmp_path
 ):

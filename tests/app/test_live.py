@@ -96,6 +96,17 @@ def test_base_and_newest_answer_stand_beside_each_prompt(services, tmp_path):
     assert "between" not in samples
 
 
+def test_how_much_answers_repeat_themselves_stands_beside_them(services, tmp_path):
+    run = forged(tmp_path, "one")
+    for step, answer in ((0, "Water it weekly."), (10, "?"), (20, "abcdefghij" * 10)):
+        run.append("samples.jsonl", {"step": step, "prompt": "Why?", "answer": answer})
+    run.append("samples.jsonl", {"step": 20, "prompt": "How?", "answer": "Like this."})
+    samples = live_parts(services, View("one"))["samples"]
+    assert "repeats itself" in samples
+    assert "0% → 88%" in samples  # 71 of 81 stretches
+    assert ">0%<" in samples
+
+
 def test_a_run_whose_settings_are_damaged_says_so_and_breaks_nothing(services, tmp_path):
     forged(tmp_path, "one").write_text("config.yaml", "model: [\n")
     assert "not readable as YAML" in live_html(services, View("one"))

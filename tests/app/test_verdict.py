@@ -13,9 +13,10 @@ import pytest
 
 from app import verdict as verdict_module
 from app.history import History
-from app.verdict import judge, repetition, verdict
+from app.verdict import judge, verdict
 from gapo_lite.config import parse_config, setting_keys
 from gapo_lite.objectives import OBJECTIVES
+from gapo_lite.repetition import repetition
 from gapo_lite.runs import Run, now
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -590,17 +591,29 @@ def test_without_held_out_pairs_nobody_can_tell():
     assert "No pairs are held out" not in titles(healthy(60, 1))
 
 
+GUARDED = "At step 40 the log-probability was 0.73 nats a token below the base model's."
+
+
+@pytest.mark.parametrize(
+    ("state", "title"),
+    [
+        ("stopped", "The drift guard stopped the run"),
+        ("running", "Chosen answers fell beyond the limit"),
+        ("finished", "Chosen answers fell beyond the limit"),
+    ],
+)
+def test_what_the_drift_guard_says_stands_for_the_fall_that_it_saw(state, title):
+    falling = healthy(logps_chosen=np.linspace(-1, -3, 60), held_logps_chosen=[-1, -2, -2.5, -3])
+    assert "Chosen answers fall faster than rejected" in titles(falling, state=state)
+    found = judged(falling, state=state, message=GUARDED)
+    assert (found[0].level, found[0].title, found[0].text) == ("bad", title, GUARDED)
+    assert not any("fall faster" in finding.title for finding in found)
+    told = titles(falling, state="failed", message=GUARDED)
+    assert title not in told
+    assert "The run failed" in told
+
+
 # -- samples --
-
-
-def test_repetition_is_the_share_of_stretches_that_came_before():
-    assert repetition("") == repetition("a" * 38) == 0.0
-    assert repetition("a" * 39) == 1 - 1 / 20
-    assert repetition("abcdefghij" * 10) == 1 - 10 / 81
-    assert repetition(SENTENCE) == 0.0
-    assert repetition(SENTENCE + SENTENCE.upper().replace(" ", "\n ")) > 0.4
-    assert repetition("我喜欢吃苹果和香蕉。" * 8) > 0.8
-    assert repetition(LOOP) == 1 - 35 / 260
 
 
 @pytest.mark.parametrize(
