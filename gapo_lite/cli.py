@@ -21,7 +21,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gapo_lite import cli_answers, cli_sweeps  # noqa: F401  (they register their commands)
+from gapo_lite import (  # noqa: F401  (they register their commands)
+    cli_answers,
+    cli_sharing,
+    cli_sweeps,
+)
 from gapo_lite.cli_app import (
     EXIT_STOPPED,
     MaxTokens,
@@ -37,7 +41,6 @@ from gapo_lite.errors import ConfigError, DataError, RunError
 from gapo_lite.outputs import SCORE_FILES, check_out, whole_file
 from gapo_lite.terminal import (
     is_main_process,
-    note,
     show_agreement,
     show_comparison,
     show_runs,
@@ -177,6 +180,8 @@ def _resolved_config(
 def _say_what_next(run: Run) -> None:
     status, state = run.read("status.json"), run.state()
     typer.echo(f"{run.path}: {state}, {status['step']} of {status['total']} steps.")
+    if message := status.get("message"):
+        typer.echo(f"  {visible(message)}")
     if state != "finished":
         typer.echo(f"  go on with it            gapo-lite train --resume {run.path}")
     typer.echo(f"  chat with it             gapo-lite chat {run.path}")
@@ -372,43 +377,7 @@ def chat(
     talk(Conversation(load_voice(name, runs_dir), system, temperature, top_p, max_tokens, seed))
 
 
-# -- export, runs, doctor --
-
-
-@app.command()
-def export(
-    run: RunName,
-    merged: Annotated[
-        bool | None,
-        typer.Option(
-            "--merged/--adapter",
-            help="The base model with the adapter merged in, or the adapter alone.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="New folder; else exports/RUN-merged or exports/RUN-adapter."),
-    ] = None,
-    runs_dir: RunsDir = Path("runs"),
-) -> None:
-    """Write a run's adapter, or the merged model, with a model card."""
-    if merged is None:
-        raise ConfigError(
-            "say what to export: --merged (base and adapter in one model) or --adapter (the "
-            "adapter alone)."
-        )
-    from gapo_lite.runs import open_run
-
-    opened = open_run(run, runs_dir)
-    opened.trained_adapter()
-    from gapo_lite.export import export_run
-
-    kind = "merged" if merged else "adapter"
-    folder = export_run(
-        opened, merged=merged, out=out or Path("exports") / f"{opened.path.resolve().name}-{kind}"
-    )
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    typer.echo(f"{folder}: {size / 2**20:,.1f} MiB. Its README.md says how to load it.")
+# -- runs, plan, doctor --
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """The typer application that the commands register on, and the options that several of them share.
 
-cli.py            train, demo, score, agree, evaluate, chat, export, share, runs, plan, doctor
+cli.py            train, demo, score, agree, evaluate, chat, runs, plan, doctor
 cli_answers.py    generate, judge
+cli_sharing.py    export, share
 cli_sweeps.py     sweep, report
 """
 

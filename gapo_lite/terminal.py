@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gapo_lite.compare import Comparison, EfGroup
     from gapo_lite.forecast import Forecast
     from gapo_lite.overview import RunOverview
+    from gapo_lite.sharing import Shipment
     from gapo_lite.types import LoadedPairs
 
 logger = logging.getLogger(__name__)
@@ -215,6 +216,18 @@ def show_runs(rows: Sequence[RunOverview]) -> None:
     for row in rows:
         if row.problem:
             note(f"{row.path} is damaged: {row.problem}")
+
+
+def show_shipment(shipment: Shipment, name: str, *, private: bool) -> None:
+    """What would be uploaded to the repository `name`: files, sizes, licence, who may see it."""
+    rows = [(path, f"{size:,}") for path, size in shipment.files.items()]
+    rows.append((f"{len(rows)} files", f"{shipment.num_bytes:,}"))
+    show_table((f"to {name} on the Hub", "bytes"), rows)
+    seen = "only you (--private)" if private else "everybody (--public)"
+    licence = shipment.licence or "not known here: see the base model's page"
+    note(f"base model: {shipment.base}; licence: {licence}; a new repository is seen by {seen}.")
+    if shipment.duties:
+        note(shipment.duties)
 
 
 def show_forecast(forecast: Forecast) -> None:

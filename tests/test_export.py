@@ -5,23 +5,37 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
-from forging import forge_run
+from forging import forge_run, settings_with
+from modelfiles import read_modelfile
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_gguf_files import stub_converter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gapo_lite import export as export_module
-from gapo_lite.errors import RunError
+from gapo_lite.config import load_config
+from gapo_lite.errors import ConfigError, RunError
 from gapo_lite.export import export_run, model_card, public_name
 from gapo_lite.model import load_base
 
-TEXT_FILES = {".json", ".md", ".jinja"}
+TEXT_FILES = {".json", ".md", ".jinja", ".yaml", ".svg"}
 
 BF16_ROUNDING = 0.02
 """Mean difference of log-probabilities that rounding the weights makes; quantising makes 0.13."""
+
+MARGINS = {
+    "mean_margin": 0.3,
+    "mean_margin_in_reward_units": 3.0,
+    "margin_histogram": {"counts": [8, 12, 4], "edges": [0.0, 0.2, 0.4, 0.6]},
+    "train": {"num_pairs": 24},
+}
 
 plain_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 """peft 0.21 reads what transformers 5.23 has renamed."""
@@ -30,7 +44,7 @@ plain_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 @pytest.fixture(scope="module")
 def run(tiny_settings, tmp_path_factory):
     run = forge_run(tmp_path_factory.mktemp("runs") / "kind", tiny_settings)
-    run.write("margins.json", {"mean_margin_in_reward_units": 3.0, "train": {"num_pairs": 24}})
+    run.write("margins.json", MARGINS)
     run.write("environment.json", {"versions": {"torch": "2.13.0"}, "command": [str(run.path)]})
     return run
 
@@ -62,6 +76,69 @@ def test_the_merged_model_says_what_base_and_adapter_say_together(merged, run, t
     found = log_probabilities(model.float(), tokenizer)  # bf16 weights, float32 arithmetic
     assert (together - before).abs().mean() > 0.5
     assert (found - together).abs().mean() < BF16_ROUNDING
+
+
+@torch.no_grad()
+def greedy_answers(model, tokenizer, num_tokens):
+    """Token ids that each of a few prompts is answered with."""
+    answers = []
+    for question in QUESTIONS:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            **{"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True},
+        )
+        ids = model.eval().generate(
+            **inputs, do_sample=False, max_new_tokens=num_tokens, eos_token_id=None
+        )
+        answers.append(ids[0, inputs["input_ids"].shape[1] :].tolist())
+    return answers
+
+
+QUESTIONS = ("What is a leap year?", "Name three fruits.", "1 + 1 =", "Привет!", "🌱")
+
+
+@plain_peft
+@pytest.mark.parametrize(
+    "name",
+    ["tiny", pytest.param("embedded:smollm2-135m-instruct", marks=pytest.mark.slow)],
+)
+def test_the_merged_model_answers_token_for_token_as_base_and_adapter(
+    name, tiny_settings, tiny_model, tmp_path
+):
+    name = str(tiny_model) if name == "tiny" else name
+    settings = settings_with(tiny_settings, model={"name": name})
+    run = forge_run(tmp_path / "run", settings)
+    folder = export_run(run, merged=True, out=tmp_path / "out", dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    assert merged.dtype == torch.float32
+    base = load_base(name, quantization="none", dtype=torch.float32)
+    base.generation_config = merged.generation_config
+    before = greedy_answers(base, tokenizer, 32)
+    together = greedy_answers(PeftModel.from_pretrained(base, run.adapter), tokenizer, 32)
+    assert all(one != other for one, other in zip(before, together, strict=True))
+    assert greedy_answers(merged, tokenizer, 32) == together
+
+
+@plain_peft
+def test_merged_weights_in_bfloat16_are_the_exact_sum_rounded_once(merged, run, tiny_model):
+    base = load_base(str(tiny_model), quantization="none", dtype=torch.float32)
+    exact = PeftModel.from_pretrained(base.bfloat16().float(), run.adapter).merge_and_unload()
+    found = load_file(merged / "model.safetensors")
+    for name, weight in exact.state_dict().items():
+        if name in found:
+            assert torch.equal(found[name], weight.bfloat16()), name
+
+
+def test_an_adapter_that_is_not_finite_is_refused(tiny_settings, tmp_path):
+    run = forge_run(tmp_path / "run", tiny_settings)
+    path = run.adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    next(iter(weights.values()))[0, 0] = torch.nan
+    save_file(weights, path)
+    with pytest.raises(RunError, match=r"is broken: .*lora_A.* is not finite"):
+        export_run(run, merged=True, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @plain_peft
@@ -97,7 +174,7 @@ def test_an_export_names_no_place_and_no_person_of_this_machine(kind, request, r
     assert settings.count("gapo") > 1
     for secret in (str(run.path), str(Path.home()), "/tmp", os.sep + getpass.getuser()):
         assert secret not in settings
-    assert not any(len(part) > 1 and part.startswith("/") for part in settings.split('"'))
+    assert not any(re.match(r"/\w", part) for part in settings.split('"'))
 
 
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
@@ -178,6 +255,16 @@ def test_a_llama_card_names_its_licence(tiny_settings, tmp_path):
     card = model_card(run, merged=True, folder="x")
     assert card.startswith("---\nlicense: llama3\n")
     assert "Meta Llama 3 Community License" in card
+    assert "\n**Built with Meta Llama 3.**\n" in card
+    assert "a name that begins with `Llama 3`" in card
+
+
+def test_an_export_of_llama_3_has_its_notice(tiny_settings, tiny_model, tmp_path):
+    llama = shutil.copytree(tiny_model, tmp_path / "Meta-Llama-3-8B-Instruct")
+    settings = settings_with(tiny_settings, model={"name": str(llama)})
+    folder = export_run(forge_run(tmp_path / "run", settings), merged=False, out=tmp_path / "out")
+    notice = (folder / "NOTICE").read_text(encoding="utf-8")
+    assert notice.startswith("Meta Llama 3 is licensed under the Meta Llama 3 Community License, C")
 
 
 @plain_peft
@@ -199,6 +286,70 @@ def test_a_base_that_is_quantised_already_is_dequantised_and_merged(
     together = log_probabilities(PeftModel.from_pretrained(base, run.adapter), tokenizer)
     found = log_probabilities(model.float(), tokenizer)
     assert (found - together).abs().mean() < BF16_ROUNDING
+
+
+# -- for Ollama and llama.cpp --
+
+
+def test_an_adapter_goes_to_ollama_as_gguf_beside_its_modelfile(run, tmp_path):
+    folder = export_run(
+        run, merged=False, out=tmp_path / "out", ollama=True, base_in_ollama="smollm2:135m"
+    )
+    told = read_modelfile((folder / "Modelfile").read_text(encoding="utf-8"))
+    assert told[:2] == [("from", "smollm2:135m"), ("adapter", "./adapter.gguf")]
+    assert [name for name, _ in told[2:]] == ["template", "system", "stop"]
+    assert told[4] == ("stop", "<|im_end|>")
+    assert (folder / "adapter.gguf").read_bytes()[:4] == b"GGUF"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "ollama create out -f Modelfile" in card
+    assert "--lora adapter.gguf" in card
+
+
+def test_a_merged_model_goes_to_ollama_as_it_is_or_as_gguf(run, tmp_path):
+    plain = export_run(run, merged=True, out=tmp_path / "plain", ollama=True)
+    assert read_modelfile((plain / "Modelfile").read_text())[0] == ("from", ".")
+    llama_cpp = stub_converter(tmp_path / "llama.cpp")
+    options = {"ollama": True, "gguf": True, "llama_cpp": llama_cpp}
+    whole = export_run(run, merged=True, out=tmp_path / "whole", **options)
+    assert read_modelfile((whole / "Modelfile").read_text())[0] == ("from", "./kind.gguf")
+    assert {"kind.gguf", "model.safetensors"} <= {path.name for path in whole.iterdir()}
+    reader = gguf.GGUFReader(whole / "kind.gguf")
+    assert reader.get_field("general.name").contents() == "kind"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"merged": False, "ollama": True}, "its name for tiny is not known here"),
+        ({"merged": True, "ollama": True, "base_in_ollama": "x"}, "a merged model is its own base"),
+        ({"merged": True, "gguf": True, "llama_cpp": Path("/nowhere")}, "there is no convert_hf"),
+        ({"merged": True, "dtype": "float16"}, "unknown dtype 'float16'"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_before_anything_is_written(
+    run, tmp_path, options, message
+):
+    with pytest.raises(ConfigError, match=message):
+        export_run(run, out=tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_converter_that_fails_leaves_nothing_behind(run, tmp_path):
+    llama_cpp = stub_converter(tmp_path / "llama.cpp", before="sys.exit('no')")
+    with pytest.raises(RunError, match="converter failed"):
+        export_run(run, merged=True, out=tmp_path / "out", gguf=True, llama_cpp=llama_cpp)
+    assert [path.name for path in tmp_path.iterdir()] == ["llama.cpp"]
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_the_configuration_beside_the_card_can_be_trained(kind, request, run):
+    folder = request.getfixturevalue(kind)
+    shipped = load_config(folder / "gapo_config.yaml")
+    assert shipped.training == run.config().training
+    assert shipped.data.source == "everyday.jsonl"
+
+
+# -- what goes wrong --
 
 
 def test_a_folder_in_use_is_left_alone(run, tmp_path):
