@@ -23,18 +23,23 @@ COMPARISON = "comparison.json"
 """Kept in the run's folder."""
 
 
-def export_merged(run: Run, exports: Path) -> Path:
+def export_merged(run: Run, exports: Path, *, ollama: bool = False) -> Path:
     """Writes the merged model with its model card to a new folder below `exports`.
+
+    Args:
+        run: what to export.
+        exports: folder of all exports.
+        ollama: whether it gets a Modelfile, and a folder of its own.
 
     Raises:
         RunError: nothing is saved, the folder is there already, or the disk is full.
     """
     run.trained_adapter()
-    out = exports / f"{run.name}-merged"
+    out = exports / (f"{run.name}-ollama" if ollama else f"{run.name}-merged")
     if out.exists():
         raise RunError(f"{out} is there already: rename or remove it first.")
     exports.mkdir(parents=True, exist_ok=True)
-    _command(run, "export", "--merged", "--out", str(out))
+    _command(run, "export", "--merged", "--out", str(out), *(["--ollama"] if ollama else []))
     return out
 
 

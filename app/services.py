@@ -262,13 +262,15 @@ class Services:
             (key, _setting(a), _setting(b)) for key, (a, b) in differing_settings(*configs).items()
         ]
 
-    def export_merged(self, name: str) -> Path:
-        """Writes the merged model; see results.export_merged.
+    def export_merged(self, name: str, *, ollama: bool = False) -> Path:
+        """Writes the merged model, with a Modelfile for Ollama or without; see
+        results.export_merged.
 
         Raises:
             RunError: it cannot be written.
         """
-        return results.export_merged(self.run(name), self.runs_dir.parent / "exports")
+        exports = self.runs_dir.parent / "exports"
+        return results.export_merged(self.run(name), exports, ollama=ollama)
 
     def adapter_archive(self, name: str) -> str:
         """A .zip of a run's adapter for download.

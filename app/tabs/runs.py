@@ -54,6 +54,7 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
         copy = gr.Button("Copy to a new form", min_width=90)
         download_button("Download adapter", "adapter", services.adapter_archive, [chosen])
         merge = gr.Button("Export merged", size="sm", min_width=110)
+        to_ollama = gr.Button("Export for Ollama", size="sm", min_width=110)
         evaluate = gr.Button("Compare with base", size="sm", min_width=110)
     with gr.Row(elem_classes="low-row"):
         new_name = gr.Textbox(label="new name", max_lines=1, scale=2, min_width=200)
@@ -155,6 +156,15 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
         yield views.subtle(f"The merged model is in {folder} on the server, with a model card.")
 
     @calm
+    def ollama_it(name: str) -> Iterator[str]:
+        yield views.subtle("merging for Ollama; for a large model that takes minutes …")
+        folder = services.export_merged(name, ollama=True)
+        yield views.subtle(
+            f"The merged model is in {folder} on the server, with a Modelfile: ollama create "
+            f"{name.lower()} -f {folder}/Modelfile"
+        )
+
+    @calm
     def evaluate_it(name: str) -> Iterator[str]:
         yield views.subtle(
             f"{name}: base and tuned model score the held-out pairs; on a CPU that takes a while …"
@@ -213,6 +223,7 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
     heavy: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "heavy"}
     evaluate.click(evaluate_it, chosen, compared, api_name="evaluate", **quiet, **heavy)
     merge.click(merge_it, chosen, told, api_name="export_merged", **quiet, **heavy)
+    to_ollama.click(ollama_it, chosen, told, api_name="export_for_ollama", **quiet, **heavy)
     gr.on(
         [overlaid.change, smoothing.change, axis.input],
         draw,

@@ -429,6 +429,16 @@ def test_a_run_without_adapter_is_not_exported(served, forged):
         served.export_merged("one")
 
 
+def test_a_model_goes_to_ollama_from_a_folder_of_its_own(served, forged):
+    forged("one")
+    folder = served.export_merged("one", ollama=True)
+    assert folder == served.runs_dir.parent / "exports" / "one-ollama"
+    assert "\nFROM .\nTEMPLATE " in (folder / "Modelfile").read_text(encoding="utf-8")
+    assert (folder / "model.safetensors").is_file()
+    with pytest.raises(RunError, match="is there already"):
+        served.export_merged("one", ollama=True)
+
+
 # -- chat --
 
 
