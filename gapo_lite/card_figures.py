@@ -94,8 +94,9 @@ def margin_histogram(histogram: dict[str, Any], mean: float | None) -> str | Non
     mark = ""
     if mean is not None and edges[0] <= mean <= edges[-1]:
         mark = _upright(plane, plane.across(mean))
-    legend = _legend([("training pairs", _TRAIN), *([("mean", _TARGET)] if mark else [])])
-    panel = _titled("target margin", legend, _frame(plane, "target margin") + bars + mark)
+    legend = _legend([("mean", _TARGET)] if mark else [])
+    body = _frame(plane, "nats a token") + bars + mark
+    panel = _titled("target margins of the training pairs", legend, body)
     return _svg([panel], "Distribution of the target margins of the training pairs")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 from transformers import PretrainedConfig
 
 from gapo_lite.errors import ConfigError, ModelError, RunError
@@ -47,7 +47,7 @@ _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE
 
 
 def write_adapter_gguf(adapter: Path, base: PretrainedConfig, out: Path, *, name: str) -> None:
-    """Writes a LoRA adapter as GGUF, in the type of its weights.
+    """Writes a LoRA adapter as GGUF, in float32.
 
     Args:
         adapter: folder with adapter_config.json and adapter_model.safetensors.
@@ -73,7 +73,8 @@ def write_adapter_gguf(adapter: Path, base: PretrainedConfig, out: Path, *, name
     writer.add_name(name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(settings["lora_alpha"]))
-    for key, weight in load_file(adapter / "adapter_model.safetensors").items():
+    for key, tensor in load_file(adapter / "adapter_model.safetensors").items():
+        weight = tensor.float().numpy()
         layer, matrix = _lora_place(key)
         place = names.get_name(layer)
         if place is None:

@@ -18,12 +18,12 @@ from gapo_lite.errors import ConfigError, ModelError
 MODELFILE = "Modelfile"
 
 _BASES = {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2:135m-instruct-fp16",
-    "meta-llama/Meta-Llama-3-8B-Instruct": "llama3:8b-instruct-fp16",
-    "meta-llama/Meta-Llama-3.1-8B-Instruct": "llama3.1:8b-instruct-fp16",
-    "meta-llama/Llama-3.1-8B-Instruct": "llama3.1:8b-instruct-fp16",
+    "SmolLM2-135M-Instruct": "smollm2:135m-instruct-fp16",
+    "Meta-Llama-3-8B-Instruct": "llama3:8b-instruct-fp16",
+    "Meta-Llama-3.1-8B-Instruct": "llama3.1:8b-instruct-fp16",
+    "Llama-3.1-8B-Instruct": "llama3.1:8b-instruct-fp16",
 }
-"""A base model's public name → its unquantised form in Ollama's library."""
+"""A base model's own name, without its owner → its unquantised form in Ollama's library."""
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){0,3}(:[\w.-]+)?")
 
@@ -74,8 +74,8 @@ def ollama_base(base: str, given: str | None) -> str:
             what is given is neither a model's name nor a path below the Modelfile.
     """
     if given is None:
-        if base in _BASES:
-            return _BASES[base]
+        if known := _BASES.get(base.rpartition("/")[2]):
+            return known
         raise ConfigError(
             f"Ollama has to be told which base model the adapter belongs to, and its name for "
             f"{base} is not known here: give --ollama-base, a model of its library or a file or "

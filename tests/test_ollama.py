@@ -153,6 +153,7 @@ def test_a_stop_comes_back_as_it_was_or_is_refused(stop):
 def test_an_adapter_builds_on_what_ollama_calls_its_base():
     assert ollama_base("HuggingFaceTB/SmolLM2-135M-Instruct", None) == "smollm2:135m-instruct-fp16"
     assert ollama_base("meta-llama/Meta-Llama-3-8B-Instruct", None) == "llama3:8b-instruct-fp16"
+    assert ollama_base("Meta-Llama-3-8B-Instruct", None) == "llama3:8b-instruct-fp16"
     assert ollama_base("ada/x", "hf.co/ada/x-GGUF:F16") == "hf.co/ada/x-GGUF:F16"
     assert ollama_base("ada/x", "./base.gguf") == "./base.gguf"
     with pytest.raises(ConfigError, match=r"ada/x is not known here: give --ollama-base"):
