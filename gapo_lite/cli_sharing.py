@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -71,9 +72,10 @@ def export(
     size = sum(path.stat().st_size for path in folder.iterdir())
     typer.echo(f"{folder}: {size / 2**20:,.1f} MiB. Its README.md says how to load it.")
     if ollama:
-        name = folder.resolve().name.lower()
-        typer.echo(f"  give it to Ollama        ollama create {name} -f {folder}/Modelfile")
-    typer.echo(f"  share it                 gapo-lite share {folder} --to OWNER/NAME")
+        file = shlex.quote(str(folder / "Modelfile"))
+        typer.echo(f"  give it to Ollama        ollama create NAME -f {file}")
+    place = shlex.quote(str(folder))
+    typer.echo(f"  share it                 gapo-lite share {place} --to OWNER/NAME")
 
 
 def _exported(

@@ -89,7 +89,7 @@ def export_run(
         if ollama
         else "",
         converter=find_converter(llama_cpp) if gguf and merged else None,
-        gguf=f"{name}.gguf" if merged else ADAPTER_GGUF,
+        gguf=_gguf_name(name, merged, ollama, gguf),
     )
     with whole_folder(out) as stage:
         if merged:
@@ -97,27 +97,35 @@ def export_run(
         else:
             _write_adapter(config, adapter, stage)
         tokenizer.save_pretrained(stage)
-        if extra.converter:
-            convert_model(stage, stage / extra.gguf, extra.converter, name=name, dtype=dtype)
-        elif not merged and (gguf or ollama):
-            shape = load_model_config(config.model.name, config.model.revision)
-            write_adapter_gguf(adapter, shape, stage / extra.gguf, name=name)
         if extra.template:
             text = _modelfile(config, tokenizer, extra.template, extra.source, merged)
             (stage / MODELFILE).write_text(text, encoding="utf-8")
-        _write_card(run, config, stage, repository or out.name, merged=merged, dtype=dtype)
+        uses = _more_uses(extra, repository or out.name)
+        _write_card(run, stage, repository or out.name, merged=merged, dtype=dtype, uses=uses)
+        if extra.converter:  # which reads the card
+            convert_model(stage, stage / extra.gguf, extra.converter, name=name, dtype=dtype)
+        elif extra.gguf:
+            shape = load_model_config(config.model.name, config.model.revision)
+            write_adapter_gguf(adapter, shape, stage / extra.gguf, name=name)
     return out
 
 
 @dataclass(frozen=True, slots=True)
 class _Extra:
     """What is found out before anything is written: the chat template and FROM of a Modelfile,
-    llama.cpp's converter, and the name of the GGUF file."""
+    llama.cpp's converter, and the name of the GGUF file, "" for none."""
 
     template: ChatTemplate | None
     source: str
     converter: list[str] | None
     gguf: str
+
+
+def _gguf_name(name: str, merged: bool, ollama: bool, gguf: bool) -> str:
+    """Of the file to write; Ollama takes an adapter as GGUF only."""
+    if merged:
+        return f"{name}.gguf" if gguf else ""
+    return ADAPTER_GGUF if gguf or ollama else ""
 
 
 def _source(config: RunConfig, merged: bool, gguf: str, given: str | None) -> str:
@@ -203,11 +211,12 @@ def _modelfile(
 
 
 def _write_card(
-    run: Run, config: RunConfig, folder: Path, name: str, *, merged: bool, dtype: str
+    run: Run, folder: Path, name: str, *, merged: bool, dtype: str, uses: list[str]
 ) -> None:
     """The model card, its figures, the configuration to repeat the run by, and the notice that the
     base's licence asks for."""
-    card = model_card(run, merged=merged, folder=name, dtype=dtype, extras=_more_uses(folder, name))
+    config = run.config()
+    card = model_card(run, merged=merged, folder=name, dtype=dtype, extras=uses)
     (folder / "README.md").write_text(card, encoding="utf-8")
     for file, svg in card_figures(run).items():
         (folder / file).write_text(svg, encoding="utf-8")
@@ -217,15 +226,12 @@ def _write_card(
         (folder / "NOTICE").write_text(f"{licence.notice}\n", encoding="utf-8")
 
 
-def _more_uses(folder: Path, name: str) -> list[str]:
+def _more_uses(extra: _Extra, name: str) -> list[str]:
     """A section of the card on what lies in the folder for other programs."""
     own = re.sub(r"[^a-z0-9._-]+", "-", name.rpartition("/")[2].lower())
-    ggufs = [path.name for path in folder.glob("*.gguf")]
-    lines = []
-    if (folder / MODELFILE).is_file():
-        lines.append(f"```sh\nollama create {own} -f {MODELFILE}\n```")
-    if ADAPTER_GGUF in ggufs:
-        lines.append(f"`{ADAPTER_GGUF}` is the adapter for llama.cpp: `--lora {ADAPTER_GGUF}`.")
-    elif ggufs:
-        lines.append(f"`{ggufs[0]}` is the whole model for llama.cpp: `-m {ggufs[0]}`.")
+    lines = [f"```sh\nollama create {own} -f {MODELFILE}\n```"] if extra.template else []
+    if extra.gguf == ADAPTER_GGUF:
+        lines.append(f"`{extra.gguf}` is the adapter for llama.cpp: `--lora {extra.gguf}`.")
+    elif extra.gguf:
+        lines.append(f"`{extra.gguf}` is the whole model for llama.cpp: `-m {extra.gguf}`.")
     return ["## In Ollama and llama.cpp\n\n" + "\n\n".join(lines)] if lines else []

@@ -167,11 +167,13 @@ def convert_model(
     Raises:
         RunError: the converter failed, or what it wrote is not this model.
     """
-    command = [
-        *(*converter, str(folder), "--outfile", str(out)),
-        *("--outtype", _OUT_TYPES[dtype], "--model-name", name),
-    ]
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as said:
+        # It tells the world the name of the folder, which is not the final one yet.
+        (called := Path(place) / name).symlink_to(folder.resolve())
+        command = [
+            *(*converter, str(called), "--outfile", str(out.resolve())),
+            *("--outtype", _OUT_TYPES[dtype], "--model-name", name),
+        ]
         try:
             code = subprocess.run(
                 command,

@@ -9,6 +9,7 @@ no argument, file, log or message of ours.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -205,7 +206,7 @@ def _explaining(name: str, folder: Path) -> Iterator[None]:
         return
     raise RunError(
         f"{name} was not uploaded: {why}. The export is whole in {folder}; try again with "
-        f"gapo-lite share {folder} --to {name}"
+        f"gapo-lite share {shlex.quote(str(folder))} --to {name}"
     )
 
 

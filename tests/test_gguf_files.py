@@ -28,6 +28,7 @@ import gguf
 import numpy as np
 
 folder, _, out, _, outtype, _, name = sys.argv[1:]
+assert os.path.basename(folder) == name, "others would read the name of the folder"
 settings = json.load(open(folder + "/config.json"))
 assert outtype in ("bf16", "f32") and os.environ["HF_HUB_OFFLINE"] == "1"
 assert "HF_TOKEN" not in os.environ, "a secret"
@@ -182,3 +183,6 @@ def test_llama_cpps_own_converter_makes_the_tiny_model(tiny_model, tmp_path):
     assert found.architecture == "llama"
     assert found.num_tokens == settings["vocab_size"]
     assert read_gguf(tmp_path / "x.gguf", tiny_model) == found
+    reader = gguf.GGUFReader(tmp_path / "x.gguf")
+    told = [str(reader.get_field(key).contents()) for key in reader.fields if "general" in key]
+    assert not any(tiny_model.name in words for words in told)
