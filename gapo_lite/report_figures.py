@@ -174,7 +174,7 @@ def _against(results: SweepResults, measure: Measure, title: str, base: Sequence
     for at, one in enumerate(results.contenders):
         clouds += _clouds(one, at, measure, is_baseline=one.name == results.baseline)
     x_label = f"{measure.title.lower()}, {measure.unit}" if measure is CHOSEN else "tokens"
-    return scatter(title, clouds, x_label=x_label, y_label="accuracy, %")
+    return scatter(title, clouds, x_label=x_label, y_label="accuracy, %", y_limits=(0, 100))
 
 
 def _clouds(

@@ -43,8 +43,9 @@ class Measure:
             return "not a number"
         if abs(scaled) >= 1e6:
             return number(scaled)
-        sign = "+" if signed else ""
-        return f"{scaled:{sign},.{self.decimals}f}".replace("-", "\u2212")
+        shown = round(scaled, self.decimals) or 0.0  # not −0
+        sign = "+" if signed and shown else ""
+        return f"{shown:{sign},.{self.decimals}f}".replace("-", "\u2212")
 
 
 ACCURACY = Measure("accuracy", "Accuracy, %", "points", 100)

@@ -87,6 +87,7 @@ def scatter(
     explanation: str = "",
     small: bool = False,
     y_range: tuple[float, float] | None = None,
+    y_limits: tuple[float, float] = (-math.inf, math.inf),
     empty: str = "nothing to compare yet",
 ) -> str:
     """A figure of points, their means and intervals; an interval that leaves the picture is cut.
@@ -96,6 +97,7 @@ def scatter(
         explanation: shown when the pointer rests on the title.
         small: half the size and without a legend, for many side by side.
         y_range: for several figures to share.
+        y_limits: what intervals may reach beyond, but the picture does not, as 0 and 100 %.
     """
     size = SMALL if small else TALL
     clouds = [_known(one) for one in clouds]
@@ -108,7 +110,7 @@ def scatter(
     plane = plane_of(
         size,
         _range([(one.x, one.x_half) for one in clouds]),
-        y_range or _range([(one.y, one.y_half) for one in clouds]),
+        y_range or _range([(one.y, one.y_half) for one in clouds], y_limits),
     )
     order = ("dashed", "run", "line", "reference", "mean", "baseline")
     drawn = sorted(clouds, key=lambda one: order.index(one.style))
@@ -314,7 +316,10 @@ def _known(cloud: Cloud) -> Cloud:
     return replace(cloud, x=x[known], y=y[known], x_half=of(cloud.x_half), y_half=of(cloud.y_half))
 
 
-def _range(parts: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> tuple[float, float]:
+def _range(
+    parts: Sequence[tuple[np.ndarray, np.ndarray | None]],
+    limits: tuple[float, float] = (-math.inf, math.inf),
+) -> tuple[float, float]:
     """Room for all points, and for intervals as far as they don't make the points a spot."""
     points = np.concatenate([values for values, _ in parts])
     points = points[drawable(points)]
@@ -327,6 +332,7 @@ def _range(parts: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> tuple[float
         if halves is not None:
             with np.errstate(invalid="ignore", over="ignore"):
                 reach = np.concatenate([values - halves, values + halves])
-            ends += np.clip(reach[np.isfinite(reach)], low - span, high + span).tolist()
+            reach = np.clip(reach[np.isfinite(reach)], low - span, high + span)
+            ends += np.clip(reach, *limits).tolist()
     air = 0.07 * span
     return min(ends) - air, max(ends) + air

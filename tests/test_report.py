@@ -18,7 +18,7 @@ from gapo_lite.errors import RunError
 from gapo_lite.report import sections_of, write_report
 from gapo_lite.report_blocks import Name, Section, Table, as_html, as_markdown
 from gapo_lite.report_tables import without_paths
-from gapo_lite.report_verdict import compare
+from gapo_lite.report_verdict import ACCURACY, compare
 from gapo_lite.sweep_results import read_sweep_results
 
 VOID = {"meta", "br", "link", "img"}
@@ -300,6 +300,14 @@ def test_rank_correlations_stand_where_agree_has_found_some(tmp_path):
     for damaged in ({"metrics": 3}, {"metrics": [1]}, {"x": 1}):
         write(folder / "agree.json", damaged)
         assert "Spearman" not in _written(folder)[0].text
+
+
+def test_numbers_have_real_minus_signs_and_no_sign_at_zero():
+    assert ACCURACY.write(-0.0123, signed=True) == "−1.2"
+    assert ACCURACY.write(0.0123, signed=True) == "+1.2"
+    assert ACCURACY.write(-0.0001, signed=True) == ACCURACY.write(-0.0) == "0.0"
+    assert ACCURACY.write(12345.678) == "1.235e6"
+    assert ACCURACY.write(math.nan) == "not a number"
 
 
 # --- the files ------------------------------------------------------------------------------------

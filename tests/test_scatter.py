@@ -74,6 +74,13 @@ def test_an_interval_far_wider_than_the_points_is_cut_at_the_picture():
     assert ay - by > 50  # the points are not made a spot by it
 
 
+def test_no_axis_goes_on_where_there_can_be_no_values():
+    clouds = [_cloud("a", 0, 50, y_half=80.0), _cloud("b", 1, 99, y_half=80.0)]
+    ticks = _words(_svg(scatter("t", clouds, x_label="x", y_limits=(0, 100))), "tick")
+    assert "100" in ticks
+    assert "120" not in ticks
+
+
 def test_what_is_no_number_is_left_out_and_nothing_says_so():
     nothing = scatter("t", [_cloud("a", math.nan, 1)], x_label="x")
     assert "nothing to compare yet" in nothing
