@@ -18,7 +18,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_gguf_files import stub_converter
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from gapo_lite import cli
 from gapo_lite import export as export_module
 from gapo_lite.config import load_config
 from gapo_lite.errors import ConfigError, RunError
@@ -347,6 +349,48 @@ def test_the_configuration_beside_the_card_can_be_trained(kind, request, run):
     shipped = load_config(folder / "gapo_config.yaml")
     assert shipped.training == run.config().training
     assert shipped.data.source == "everyday.jsonl"
+
+
+# -- the command --
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.app, ["export", *map(str, arguments)])
+
+
+def test_for_ollama_the_command_exports_the_adapter_unless_told_otherwise(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    done = call(run.path, "--ollama", "--ollama-base", "smollm2:135m")
+    assert done.exit_code == 0, done.output
+    assert "ollama create NAME -f exports/kind-adapter/Modelfile" in done.stdout
+    assert (tmp_path / "exports" / "kind-adapter" / "adapter_model.safetensors").is_file()
+    done = call(run.path, "--ollama", "--merged", "--dtype", "float32")
+    assert done.exit_code == 0, done.output
+    merged = load_file(tmp_path / "exports" / "kind-merged" / "model.safetensors")
+    assert {weight.dtype for weight in merged.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adapter", "--dtype", "float32"], "--dtype is for merged weights"),
+        (["--merged", "--ollama-base", "x"], "--ollama-base is for a Modelfile"),
+        (["--adapter", "--llama-cpp", "."], "--llama-cpp is for --merged --gguf"),
+        (["--gguf", "--llama-cpp", "."], "there is no convert_hf_to_gguf.py in ."),
+        (["--merged", "--dtype", "int4"], "unknown dtype 'int4'"),
+        (["--ollama"], "give --ollama-base"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    run, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    done = call(run.path, *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- what goes wrong --
