@@ -1,4 +1,4 @@
-"""What lies in the folders of jobs and runs, and what it says of a run that nobody trains.
+"""What lies in the folders of jobs, runs and sweeps, and what it says of one that nobody works on.
 
 Whatever these files hold, even nothing or rubbish, reading them raises nothing.
 """
@@ -51,6 +51,8 @@ def existing(runs_dir: Path, name: str) -> Run:
         raise RunError("no run is chosen: choose one first.")
     check_name(name)
     run = Run(runs_dir / name)
+    if is_sweep(run.path):
+        raise RunError(f"{name} is a sweep, not a run: it is in the Sweeps tab.")
     if run.path.is_symlink():
         raise RunError(
             f"the run {name} is a link to another place, which the page leaves alone: use the "
@@ -59,6 +61,20 @@ def existing(runs_dir: Path, name: str) -> Run:
     if not is_run(run) and not (job_folder(runs_dir, name) / "output.log").exists():
         raise RunError(f"there is no run {name}: it may have been renamed or deleted.")
     return run
+
+
+def is_name(name: str) -> bool:
+    """Whether a run or a sweep can be called so."""
+    try:
+        check_name(name)
+    except RunError:
+        return False
+    return True
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder is a sweep's."""
+    return (folder / "sweep.yaml").is_file()
 
 
 def is_run(run: Run) -> bool:
@@ -84,9 +100,9 @@ def read_record(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def status_of(run: Run) -> dict[str, Any]:
-    """A run's status.json."""
-    return read_record(run.path / "status.json")
+def status_of(folder: Path) -> dict[str, Any]:
+    """What the process that works in the folder of a run or a sweep has last said."""
+    return read_record(folder / ("sweep-status.json" if is_sweep(folder) else "status.json"))
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -113,16 +129,10 @@ def outcome(run: Run, status: dict[str, Any], record: dict[str, Any]) -> tuple[s
     state, message = str(status.get("state")), str(status.get("message", ""))
     if state == "finished":
         return state, ""
-    # A process that failed before its training began has written no status.
-    is_last = record.get("pid") == status.get("pid") or (
-        as_time(record.get("started")) > as_time(status.get("heartbeat"))
-    )
-    output = job_folder(run.path.parent, run.name) / "output.log"
-    words = _last_words(output) if is_last else ""
-    if state == "failed":
+    is_last = _is_of_the_last(status, record)
+    words = _last_words(job_folder(run.path.parent, run.name) / "output.log") if is_last else ""
+    if state in ("failed", "stopped"):
         return state, cleaned(message)[:_MESSAGE_CHARACTERS] or words
-    if state == "stopped":
-        return state, words
     if is_last and record.get("stop_asked") and not list_checkpoints(run.checkpoints):
         return "stopped", "It was stopped before anything was saved."
     if is_run(run):
@@ -133,6 +143,32 @@ def outcome(run: Run, status: dict[str, Any], record: dict[str, Any]) -> tuple[s
     return "failed", words or (
         "Its process ended without a word before the training began: it was killed, memory ran "
         "out, or the machine went down."
+    )
+
+
+def sweep_outcome(folder: Path, status: dict[str, Any], record: dict[str, Any]) -> tuple[str, str]:
+    """State and message of a sweep that nobody works on."""
+    state, message = str(status.get("state")), cleaned(str(status.get("message") or ""))
+    if state == "finished":
+        return state, ""
+    is_last = _is_of_the_last(status, record)
+    words = _last_words(job_folder(folder.parent, folder.name) / "output.log") if is_last else ""
+    if state in ("failed", "stopped"):
+        return state, message[:_MESSAGE_CHARACTERS] or words
+    if is_last and record.get("stop_asked"):
+        return "stopped", ""
+    if not words and not record and not status:
+        return "stopped", "Nobody has started it yet."
+    return "interrupted", words or (
+        "Its process ended without a word: it was killed, memory ran out, or the machine went down."
+    )
+
+
+def _is_of_the_last(status: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether a job's record is of the last process there was. One that failed before its training
+    began has written no status."""
+    return record.get("pid") == status.get("pid") or (
+        as_time(record.get("started")) > as_time(status.get("heartbeat"))
     )
 
 

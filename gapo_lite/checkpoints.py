@@ -30,13 +30,15 @@ def stage_path(folder: Path, step: int) -> Path:
     return folder / f".stage-{step}"
 
 
-def commit_checkpoint(folder: Path, step: int, keep: int) -> Path:
-    """Makes the stage of `step` a checkpoint and removes all but the newest `keep`.
+def commit_checkpoint(folder: Path, step: int, keep: int, good: int | None = None) -> Path:
+    """Makes the stage of `step` a checkpoint and removes all but the newest `keep` and, where a
+    step is said to be good, the newest one at or before it.
 
     Args:
         folder: the run's `checkpoints/`.
         step: optimizer steps done.
         keep: how many to keep, at least 1.
+        good: the last step known to be good; see drift.py.
     """
     stage, final = stage_path(folder, step), folder / f"checkpoint-{step}"
     files = {path.name: _sealed(path) for path in sorted(stage.iterdir())}
@@ -46,8 +48,11 @@ def commit_checkpoint(folder: Path, step: int, keep: int) -> Path:
         shutil.rmtree(final)
     stage.rename(final)
     _sync(folder)
-    for _, path in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+    kept = list_checkpoints(folder)
+    last_good = max((number for number, _ in kept if number <= (good or 0)), default=None)
+    for number, path in kept[:-keep]:
+        if number != last_good:
+            shutil.rmtree(path, ignore_errors=True)
     return final
 
 
@@ -55,6 +60,11 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of all committed checkpoints, oldest first, valid or not."""
     found = [(_NAME.fullmatch(path.name), path) for path in folder.glob("checkpoint-*")]
     return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps that a checkpoint of `list_checkpoints` has seen."""
+    return int(checkpoint.name.partition("-")[2])
 
 
 def verify_checkpoint(path: Path) -> str:

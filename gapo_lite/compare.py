@@ -162,7 +162,8 @@ def load_policy(
 def adapter_step(run: Run, adapter: Path) -> int:
     """Optimizer steps that an adapter of `run.trained_adapter()` has seen."""
     if adapter == run.adapter:
-        return int(run.read("status.json").get("step", 0))
+        status = run.read("status.json")  # the drift guard takes an earlier one
+        return int(status.get("adapter_step", status.get("step", 0)))
     return int(json.loads((adapter / "manifest.json").read_text())["step"])
 
 

@@ -352,7 +352,24 @@ class TrainingConfig(Section):
     logging_steps: int = Field(1, ge=1, description="Record metrics every so many steps.")
     eval_steps: int = Field(50, ge=1, description="Evaluate on held-out pairs every so many steps.")
     save_steps: int = Field(50, ge=1, description="Write a checkpoint every so many steps.")
-    keep_checkpoints: int = Field(2, ge=1, le=1000, description="Checkpoints kept, the newest.")
+    keep_checkpoints: int = Field(
+        2,
+        ge=1,
+        le=1000,
+        description="Checkpoints kept: the newest, and the last from before max_chosen_fall.",
+    )
+    max_chosen_fall: float | None = Field(
+        0.5,
+        gt=0,
+        le=1000,
+        description="Drift guard: nats a token by which held-out chosen answers may become less "
+        "likely than under the base model. 0.5: each token 0.61 times as likely. Empty: no guard.",
+    )
+    on_drift: Literal["warn", "stop"] = Field(
+        "warn",
+        description="Beyond that, warn and go on; or stop, with the adapter of the last checkpoint "
+        "from before it, which is kept.",
+    )
     sample_prompts: list[str] = Field(
         default_factory=list,
         max_length=32,
@@ -383,6 +400,18 @@ class RunConfig(Section):
     ef: EfConfig = EfConfig()
     margin: MarginConfig = Field(MarginConfig(), validate_default=True)
     training: TrainingConfig = TrainingConfig()
+
+    @field_validator("training")
+    @classmethod
+    def _something_to_stop_by(cls, given: TrainingConfig, info: ValidationInfo) -> TrainingConfig:
+        data = info.data.get("data")
+        nothing_held_out = data and data.heldout_source is None and data.heldout_fraction == 0
+        if given.on_drift == "stop" and (nothing_held_out or given.max_chosen_fall is None):
+            raise ValueError(
+                "on_drift: stop looks at held-out pairs and needs a limit: set data.heldout_source "
+                "or data.heldout_fraction, and training.max_chosen_fall"
+            )
+        return given
 
     @field_validator("margin", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,9 +16,12 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from gapo_lite import drift
+from gapo_lite.checkpoints import step_of
 from gapo_lite.config import TrainingConfig
 from gapo_lite.generate import answer
 from gapo_lite.progress import TrainingProgress
+from gapo_lite.repetition import repetition
 from gapo_lite.runs import Run, now
 
 logger = logging.getLogger(__name__)
@@ -48,9 +52,11 @@ class RunCallback(TrainerCallback):
         self.progress = TrainingProgress(run.name, show_progress)
         self.is_main = PartialState().is_main_process
         self.asked_to_stop = False
+        self.drift: drift.Drift | None = None  # of the newest evaluation, in the main process
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Says that it runs."""
+        self._look_at_drift()
         self.progress.begin(state.global_step, state.max_steps)
         self._write_status("running", state)
 
@@ -61,7 +67,7 @@ class RunCallback(TrainerCallback):
         self._write_status("running", state)
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = control.should_log = True
-        elif self._anyone_asked():
+        elif self._anyone(self.asked_to_stop):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # who stops a process seldom waits for long
         elif self.pause and self.pause(state.global_step):
@@ -74,17 +80,44 @@ class RunCallback(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Answers the fixed prompts."""
-        if not self.is_main:
-            return
+        """Answers the fixed prompts; warns or stops where the model drifts from its base."""
+        if self.is_main:
+            self._answer_prompts(model, state.global_step)
+        self._look_at_drift()
+        if self.drift and (self.drift.is_new or self.has_drifted()):
+            logger.warning("%s", self._drift_message())
+        if self._anyone(self.has_drifted()):
+            control.should_save = control.should_training_stop = True
+
+    # -- the drift guard --
+
+    def _look_at_drift(self) -> None:
+        if self.is_main:
+            self.drift = drift.look(self.run, self.training.max_chosen_fall)
+
+    def has_drifted(self) -> bool:
+        """Whether that ends the run (main process only)."""
+        return self.drift is not None and self.training.on_drift == "stop"
+
+    def good_checkpoint(self) -> Path | None:
+        """The one whose adapter is to be used; None for the model as it is."""
+        return self.drift.good if self.drift and self.has_drifted() else None
+
+    def _drift_message(self) -> str:
+        if not self.drift:
+            return ""
+        return self.drift.farewell() if self.has_drifted() else self.drift.warning()
+
+    # -- samples --
+
+    def _answer_prompts(self, model: Any, step: int) -> None:
         for prompt in self.training.sample_prompts:
             messages = [{"role": "user", "content": prompt}]
             text = answer(
                 model, self.tokenizer, messages, max_tokens=self.training.sample_max_tokens
             )
-            self.run.append(
-                "samples.jsonl", {"step": state.global_step, "prompt": prompt, "answer": text}
-            )
+            row = {"step": step, "prompt": prompt, "answer": text}
+            self.run.append("samples.jsonl", {**row, "repetition": round(repetition(text), 4)})
 
     def ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
         """Signal handler: the first one stops at the end of the step, a second one at once."""
@@ -96,16 +129,28 @@ class RunCallback(TrainerCallback):
             "saving."
         )
 
-    def _anyone_asked(self) -> bool:
+    def _anyone(self, own: bool) -> bool:
+        """Whether it is so in any of the processes."""
         if PartialState().num_processes == 1:
-            return self.asked_to_stop
-        flag = torch.tensor(int(self.asked_to_stop), device=PartialState().device)
+            return own
+        flag = torch.tensor(int(own), device=PartialState().device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag)
 
     def _write_status(self, status: str, state: Any) -> None:
         if self.is_main:
-            self.run.write("status.json", status_record(status, state.global_step, state.max_steps))
+            self.run.write("status.json", self.status(status, state.global_step, state.max_steps))
+
+    def status(self, state: str, step: int, total: int) -> dict[str, Any]:
+        """What status.json holds: `status_record`, and what the drift guard has to say."""
+        record = status_record(state, step, total)
+        if self.drift:
+            record["message"] = self._drift_message()
+        if self.drift and self.drift.good:
+            record["last_good_checkpoint"] = self.drift.good.name
+        if good := self.good_checkpoint():
+            record["adapter_step"] = step_of(good)
+        return record
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from gapo_lite.batching import MicroBatchLimits, num_tokens, pack, pad
 from gapo_lite.checkpoints import commit_checkpoint, stage_path
 from gapo_lite.config import ObjectiveConfig
+from gapo_lite.drift import last_good_step, with_fall
 from gapo_lite.errors import RunError
 from gapo_lite.evaluate import Collate, PairScores, pair_scores, score_heldout, summarize
 from gapo_lite.loss import PairLoss
@@ -73,6 +74,7 @@ class GapoTrainer(Trainer):
         pad_id: token that fills padded rows.
         run: folder that metrics and checkpoints go to; without one nothing is written.
         keep_checkpoints: how many are kept.
+        max_chosen_fall: see drift.py; the last checkpoint within it is kept as well.
     """
 
     def __init__(
@@ -88,10 +90,12 @@ class GapoTrainer(Trainer):
         pad_id: int = 0,
         run: Run | None = None,
         keep_checkpoints: int = 2,
+        max_chosen_fall: float | None = None,
         **kwargs: Any,
     ):
         self.run = run
         self.keep_checkpoints = keep_checkpoints
+        self.max_chosen_fall = max_chosen_fall
         self.heldout_pairs = list(heldout_pairs)
         self.limits = limits or MicroBatchLimits()  # lower once memory has run out
         self.packed = layout == "packed"
@@ -309,6 +313,8 @@ class GapoTrainer(Trainer):
         if self.run and self.is_world_process_zero():
             self.run.write_heldout(self.state.global_step, scores.columns())
         metrics = {f"eval/{name}": value for name, value in summarize(scores).items()}
+        if self.run:
+            metrics = with_fall(metrics, self.state.global_step, self.run.metrics())
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -346,7 +352,8 @@ class GapoTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 self.run.flush_logs()
-                commit_checkpoint(self.run.checkpoints, step, self.keep_checkpoints)
+                good = last_good_step(self.run.metrics(), self.max_chosen_fall)
+                commit_checkpoint(self.run.checkpoints, step, self.keep_checkpoints, good)
         self.accelerator.wait_for_everyone()
         self._window_start += time.perf_counter() - began
 

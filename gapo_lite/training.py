@@ -31,8 +31,10 @@ from gapo_lite.checkpoints import (
     list_checkpoints,
     newest_valid_checkpoint,
     replace_folder,
+    step_of,
 )
 from gapo_lite.config import RunConfig, TrainingConfig, settings_difference
+from gapo_lite.drift import copy_adapter
 from gapo_lite.errors import ConfigError, GapoError
 from gapo_lite.evaluate import Collate
 from gapo_lite.forecast import settle
@@ -128,7 +130,7 @@ def train(
                 config, run, prepared, tokenizer, callback, dials, resuming=bool(checkpoint)
             )
             trainer.train(resume_from_checkpoint=checkpoint)
-            _finish(trainer, run)
+            _finish(trainer, run, callback)
     return run
 
 
@@ -157,7 +159,7 @@ def _rewound(run: Run) -> str:
     """The checkpoint to go on from; all that came after it is forgotten, and the adapter of an
     earlier stop with it."""
     checkpoint = newest_valid_checkpoint(run.checkpoints, logger.warning)
-    step = int(checkpoint.name.partition("-")[2])
+    step = step_of(checkpoint)
     forget_after(run.checkpoints, step)
     run.forget_after(step)
     shutil.rmtree(run.adapter, ignore_errors=True)
@@ -215,6 +217,7 @@ def _trainer(
         pad_id=pad_id,
         run=run,
         keep_checkpoints=config.training.keep_checkpoints,
+        max_chosen_fall=config.training.max_chosen_fall,
         callbacks=[callback],
     )
 
@@ -327,19 +330,25 @@ def training_arguments(
     return arguments
 
 
-def _finish(trainer: GapoTrainer, run: Run) -> None:
-    """Puts the adapter where peft loads it from, then says how it ended."""
+def _finish(trainer: GapoTrainer, run: Run, callback: RunCallback) -> None:
+    """Puts the adapter where peft loads it from, then says how it ended. Where the drift guard
+    stopped it, that is the last good checkpoint's."""
     if not trainer.is_world_process_zero():
         return
-    stage = run.path / ".adapter-stage"
+    stage, good = run.path / ".adapter-stage", callback.good_checkpoint()
     shutil.rmtree(stage, ignore_errors=True)
     with telling_disk_errors(run.adapter):
-        trainer.policy.save_pretrained(str(stage), save_embedding_layers=False)
+        if good:
+            copy_adapter(good, stage)
+        else:
+            trainer.policy.save_pretrained(str(stage), save_embedding_layers=False)
         replace_folder(stage, run.adapter)
     step, total = trainer.state.global_step, trainer.state.max_steps
-    state = "finished" if step >= total else "stopped"
-    run.write("status.json", status_record(state, step, total))
-    if state == "stopped":
+    state = "finished" if step >= total and not callback.has_drifted() else "stopped"
+    run.write("status.json", callback.status(state, step, total))
+    if callback.has_drifted():
+        logger.info("Stopped and saved by the drift guard; the adapter is in %s.", run.adapter)
+    elif state == "stopped":
         logger.info("Stopped and saved. Go on with: gapo-lite train --resume %s", run.path)
     else:
         logger.info("Finished. Chat with it: gapo-lite chat %s", run.path)
