@@ -130,6 +130,7 @@ _STEPS = {
     "margin.ef_floor": 0.005,
     "training.learning_rate": 1e-6,
     "training.epochs": 0.5,
+    "training.max_chosen_fall": 0.05,
 }
 
 

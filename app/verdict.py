@@ -204,13 +204,12 @@ def _interrupted(facts: Facts) -> Finding | None:
 def _drift_guard(facts: Facts) -> Finding | None:
     if facts.state == "failed" or not facts.message:
         return None
-    has_stopped = facts.state == "stopped"
     return Finding(
         "bad",
-        "The drift guard stopped the run" if has_stopped else "Chosen answers fell beyond the limit",
+        "Chosen answers fell beyond the limit",
         " ".join(facts.message.split())[:600],
         "Read the answers to training.sample_prompts before and after"
-        f"{'.' if has_stopped else ', and stop it if they have become worse.'}",
+        f"{', and stop it if they have become worse' if facts.is_active else ''}.",
     )
 
 

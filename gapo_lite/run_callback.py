@@ -85,7 +85,8 @@ class RunCallback(TrainerCallback):
             self._answer_prompts(model, state.global_step)
         self._look_at_drift()
         if self.drift and (self.drift.is_new or self.has_drifted()):
-            logger.warning("%s", self._drift_message())
+            stops = self.has_drifted()
+            logger.warning("%s", self.drift.farewell() if stops else self.drift.warning())
         if self._anyone(self.has_drifted()):
             control.should_save = control.should_training_stop = True
 
@@ -102,11 +103,6 @@ class RunCallback(TrainerCallback):
     def good_checkpoint(self) -> Path | None:
         """The one whose adapter is to be used; None for the model as it is."""
         return self.drift.good if self.drift and self.has_drifted() else None
-
-    def _drift_message(self) -> str:
-        if not self.drift:
-            return ""
-        return self.drift.farewell() if self.has_drifted() else self.drift.warning()
 
     # -- samples --
 
@@ -144,12 +140,16 @@ class RunCallback(TrainerCallback):
     def status(self, state: str, step: int, total: int) -> dict[str, Any]:
         """What status.json holds: `status_record`, and what the drift guard has to say."""
         record = status_record(state, step, total)
-        if self.drift:
-            record["message"] = self._drift_message()
-        if self.drift and self.drift.good:
+        if not self.drift:
+            return record
+        is_its_end = state == "stopped" and self.has_drifted()
+        record["message"] = self.drift.farewell() if is_its_end else self.drift.warning()
+        if self.drift.good:
             record["last_good_checkpoint"] = self.drift.good.name
-        if good := self.good_checkpoint():
-            record["adapter_step"] = step_of(good)
+        if is_its_end:
+            record["stopped_by"] = "drift"
+        if is_its_end and self.drift.good:
+            record["adapter_step"] = step_of(self.drift.good)
         return record
 
 

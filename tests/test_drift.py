@@ -201,6 +201,7 @@ def check_stopped(run: Run, step: int) -> None:
     status = run.read("status.json")
     assert (run.state(), status["step"], status["total"]) == ("stopped", step, 12)
     assert (status["last_good_checkpoint"], status["adapter_step"]) == ("checkpoint-2", 2)
+    assert status["stopped_by"] == "drift"
     assert f"At step {step} " in status["message"]
     assert "adapter/ is that of checkpoint-2" in status["message"]
     assert steps_of(run) == [2, step]

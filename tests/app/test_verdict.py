@@ -594,19 +594,14 @@ def test_without_held_out_pairs_nobody_can_tell():
 GUARDED = "At step 40 the log-probability was 0.73 nats a token below the base model's."
 
 
-@pytest.mark.parametrize(
-    ("state", "title"),
-    [
-        ("stopped", "The drift guard stopped the run"),
-        ("running", "Chosen answers fell beyond the limit"),
-        ("finished", "Chosen answers fell beyond the limit"),
-    ],
-)
-def test_what_the_drift_guard_says_stands_for_the_fall_that_it_saw(state, title):
+@pytest.mark.parametrize("state", ["stopped", "running", "finished"])
+def test_what_the_drift_guard_says_stands_for_the_fall_that_it_saw(state):
+    title = "Chosen answers fell beyond the limit"
     falling = healthy(logps_chosen=np.linspace(-1, -3, 60), held_logps_chosen=[-1, -2, -2.5, -3])
     assert "Chosen answers fall faster than rejected" in titles(falling, state=state)
     found = judged(falling, state=state, message=GUARDED)
     assert (found[0].level, found[0].title, found[0].text) == ("bad", title, GUARDED)
+    assert ("stop it" in found[0].advice) == (state == "running")
     assert not any("fall faster" in finding.title for finding in found)
     told = titles(falling, state="failed", message=GUARDED)
     assert title not in told
