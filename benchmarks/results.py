@@ -87,7 +87,7 @@ def run_with_kills(args: argparse.Namespace) -> dict[str, Any]:
         print("$", " ".join(command[1:]), flush=True)
         child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         while kills < args.kills and child.poll() is None:
-            time.sleep(1)
+            time.sleep(5)
             if (runs_dir / args.sweep).exists() and _is_due(
                 open_sweep(args.sweep, runs_dir), kills, args.kills
             ):

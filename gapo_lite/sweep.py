@@ -11,19 +11,21 @@ again from the runs' own metrics.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
-from gapo_lite.errors import ConfigError, GapoError, RunError
-from gapo_lite.preparation import Shared
+from gapo_lite.agree import agree
+from gapo_lite.errors import ConfigError, DataError, GapoError, RunError
+from gapo_lite.preparation import Shared, split_once
 from gapo_lite.run_callback import status_record
 from gapo_lite.runs import Run, now
 from gapo_lite.sweep_cells import (
@@ -44,6 +46,10 @@ MOST_FAILURES = 3
 
 class _Stop(Exception):
     """The sweep ends here for this time; the text says why."""
+
+
+class _DataChangedError(RunError):
+    """No further cell could be compared with those that are there."""
 
 
 @dataclass(slots=True)
@@ -129,6 +135,7 @@ class _Sweep:
     def work(self) -> None:
         """All rounds; without halving there is one."""
         self.say("running")
+        self._ask_the_data()
         self._measure_base()
         alive = list(dict.fromkeys(cell.contender for cell in self.folder.cells))
         halving = self.folder.config.halving
@@ -186,6 +193,8 @@ class _Sweep:
                 self._record(cell, run, "finished", seconds)
             elif not self._is_at(run, limit):
                 raise _Stop(self._why_stopped(run))
+        except _DataChangedError:
+            raise
         except (GapoError, RuntimeError) as error:
             self._failed(cell, error)
         else:
@@ -226,7 +235,7 @@ class _Sweep:
             known = self.results.get(other.run, {}).get("data_fingerprint")
             same_source = other.config.data == cell.config.data
             if known and same_source and known != record["data_fingerprint"]:
-                raise RunError(
+                raise _DataChangedError(
                     f"the pairs of {cell.config.data.source} have changed since {other.run} was "
                     f"trained, so {cell.run} cannot be compared with it. Restore the data, or "
                     "start a new sweep."
@@ -281,6 +290,20 @@ class _Sweep:
             yield rows[-1][f"eval/{metric}"]
 
     # -- what all cells share --
+
+    def _ask_the_data(self) -> None:
+        """Whether the gaps follow the data's own judgements, once, where it has any."""
+        if self.folder.read("agree.json"):
+            return
+        used = [cell.config for cell in self.folder.cells if cell.config.margin.source == "ef"]
+        options: dict[str, Any] = {}
+        for config in used:
+            options |= config.ef.options()
+        _, pairs, _, _ = split_once(self.folder.cells[0].config, self.shared)
+        metrics = list(dict.fromkeys(config.ef.metric for config in used)) or None
+        with contextlib.suppress(DataError):  # no pair was judged
+            found = agree(pairs, metrics=metrics, options=options)
+            self.folder.write("agree.json", asdict(found))
 
     def _measure_base(self) -> None:
         """The base model's answers, once, where all contenders have the same base."""

@@ -293,6 +293,8 @@ def _combinations(sweep: SweepConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _slug(value: Any) -> str:
+    if isinstance(value, int | float):
+        return json.dumps(value)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "none"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -72,3 +71,270 @@ def test_a_sweep_trains_every_cell_as_an_ordinary_run(given: dict, tmp_path: Pat
     assert list_sweeps(tmp_path)[0].name == "s"
     assert any("cell 4 of 4: gapo, seed 2" in line and "left" in line for line in lines)
     assert told(folder)[1] == []  # nothing is trained again
+
+
+def run_of(folder: SweepFolder, index: int = 0) -> Path:
+    return folder.runs_dir / folder.cells[index].run
+
+
+def adapter_bytes(folder: SweepFolder, index: int) -> bytes:
+    return (run_of(folder, index) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def quick(given: dict) -> dict:
+    """One seed and no answers."""
+    return {**given, "seeds": [1], "answers": None}
+
+
+def test_a_cell_is_what_the_same_configuration_trains_alone(quick: dict, tmp_path: Path) -> None:
+    """Whatever was trained in the process before it."""
+    from gapo_lite.training import train
+
+    folder = new(quick, tmp_path)
+    told(folder)
+    alone = train(folder.cells[1].config, name="alone", runs_dir=tmp_path, show_progress=False)
+    file = "adapter/adapter_model.safetensors"
+    assert (alone.path / file).read_bytes() == adapter_bytes(folder, 1)
+
+
+def test_cells_of_different_precision_follow_each_other(quick: dict, tmp_path: Path) -> None:
+    quick |= {"variants": [], "grid": {"model.precision": ["float32", "bfloat16"]}}
+    quick |= {"baseline": None}
+    folder = new(quick, tmp_path)
+    assert told(folder)[0] == "finished"
+    assert [r["state"] for r in folder.results().values()] == ["finished", "finished"]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from gapo_lite import sweep, trainer
+from gapo_lite.sweep_folder import open_sweep
+import os, signal
+stop_at = sys.argv[3]
+steps = []
+def kill(): os.kill(os.getpid(), signal.SIGKILL)
+if stop_at.startswith("step"):
+    inner = trainer.GapoTrainer.training_step
+    def step(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) > int(stop_at[4:]): kill()
+        return inner(self, *args, **kwargs)
+    trainer.GapoTrainer.training_step = step
+elif stop_at == "record":
+    sweep.cell_record = lambda *a, **k: kill()
+elif stop_at == "begun":
+    from gapo_lite import training
+    training.write_beginnings = lambda *a: kill()
+sweep.run_sweep(open_sweep(sys.argv[1], Path(sys.argv[2])), show_progress=False)
+"""
+
+
+def killed(folder: SweepFolder, where: str) -> None:
+    arguments = [folder.name, str(folder.runs_dir), where]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert folder.state() == "interrupted"
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_anywhere_ends_as_if_it_never_was(quick: dict, tmp_path: Path) -> None:
+    """In the middle of a run, before its first checkpoint, before it has its settings, and between
+    its end and its record."""
+    quick["settings"] |= {"training.save_steps": 2}
+    whole = new(quick, tmp_path / "whole")
+    told(whole)
+    folder = new(quick, tmp_path / "killed")
+    for where in ("begun", "step1", "step5", "record"):
+        killed(folder, where)
+    assert told(folder)[0] == "finished"
+    for index, cell in enumerate(folder.cells):
+        assert adapter_bytes(folder, index) == adapter_bytes(whole, index)
+        one, other = folder.results()[cell.run], whole.results()[cell.run]
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    names = {path.name for path in folder.runs_dir.iterdir()}
+    assert names == {"s", *(cell.run for cell in folder.cells)}
+
+
+def test_finished_cells_are_never_trained_again(quick: dict, tmp_path: Path) -> None:
+    folder = new(quick, tmp_path)
+    assert told(folder, budget=Budget(max_runs=1))[0] == "stopped"
+    assert folder.state() == "stopped"
+    assert list(folder.results()) == ["s-simpo-s1"]
+    before = (run_of(folder) / "metrics.jsonl").stat().st_mtime_ns
+    state, lines = told(folder)
+    assert state == "finished"
+    assert [line.split(":")[0] for line in lines if line.startswith("cell")] == ["cell 2 of 2"]
+    assert (run_of(folder) / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_hours_stop_the_run_under_way_and_it_goes_on_later(quick: dict, tmp_path: Path) -> None:
+    folder = new(quick, tmp_path)
+    budget = Budget(hours=1.0)
+    budget.began -= 3600  # they are over at the first look
+    assert told(folder, budget=budget)[0] == "stopped"
+    assert not folder.results()
+
+    class Short(Budget):
+        def spent(self) -> str:
+            return Budget.spent(self) if self.used_runs else ""
+
+    budget = Short(hours=1.0)
+    budget.began -= 3600
+    state, lines = told(folder, budget=budget)
+    assert state == "stopped"
+    assert "its 1 hours are over" in lines[-1]
+    assert open_run("s-simpo-s1", tmp_path).state() == "stopped"
+    assert told(folder)[0] == "finished"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGTERM"), reason="POSIX")
+def test_sigterm_saves_the_run_under_way_and_stops_the_sweep(quick: dict, tmp_path: Path) -> None:
+    quick["settings"] |= {"training.max_steps": 2000}
+    folder = new(quick, tmp_path)
+    command = [sys.executable, "-m", "gapo_lite", "sweep", "--resume", str(folder.path)]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 240
+        metrics = run_of(folder) / "metrics.jsonl"
+        while not (metrics.exists() and '"loss"' in metrics.read_text()):
+            assert time.monotonic() < deadline, "no step was logged"
+            time.sleep(0.2)
+        with pytest.raises(RunError, match="another process"):
+            run_sweep(folder, show_progress=False)
+        child.send_signal(signal.SIGTERM)
+        out, err = child.communicate(timeout=120)
+    finally:
+        child.kill()
+    assert child.returncode == 130, err
+    assert "0 of 2 runs finished" in out
+    assert "--resume" in err
+    assert folder.state() == "stopped"
+    assert open_run("s-simpo-s1", tmp_path).state() == "stopped"
+
+
+def test_a_cell_that_fails_is_recorded_and_the_others_go_on(quick: dict, tmp_path: Path) -> None:
+    quick["variants"] = [{"name": "bad", "settings": {"model.name": "/nowhere"}}, VARIANTS[1]]
+    quick["baseline"] = "gapo"
+    folder = new(quick, tmp_path)
+    assert told(folder)[0] == "finished"
+    states = {name: record["state"] for name, record in folder.results().items()}
+    assert states == {"s-bad-s1": "failed", "s-gapo-s1": "finished"}
+    assert "/nowhere" in folder.results()["s-bad-s1"]["message"]
+    assert not (tmp_path / "s-bad-s1").exists()
+    assert [line for line in told(folder)[1] if line.startswith("cell")] != []  # tried anew
+
+
+def test_three_failures_in_a_row_end_the_sweep(quick: dict, tmp_path: Path) -> None:
+    quick |= {"seeds": [1, 2, 3, 4], "variants": [], "baseline": None}
+    quick["settings"] |= {"model.name": "/nowhere"}
+    folder = new(quick, tmp_path)
+    with pytest.raises(RunError, match="3 cells in a row"):
+        run_sweep(folder, show_progress=False)
+    assert folder.state() == "failed"
+    assert len(folder.results()) == 3
+
+
+def test_halving_drops_the_worse_and_its_decision_survives_a_stop(
+    given: dict, tmp_path: Path
+) -> None:
+    given |= {
+        "variants": [
+            {"name": "still", "settings": {"training.learning_rate": 1e-12}},
+            {"name": "gapo", "settings": {}},
+            {"name": "simpo", "settings": {"objective.name": "simpo"}},
+        ],
+        "halving": {"first_steps": 2, "keep": 0.34, "growth": 2, "metric": "rewards/margins"},
+        "seeds": [1],
+        "answers": None,
+    }
+    given["settings"] |= {"training.max_steps": 6}
+    folder = new(given, tmp_path)
+    while told(folder, budget=Budget(max_runs=1))[0] != "finished":
+        pass
+    results = folder.results()
+    assert {r["contender"]: r["state"] for r in results.values()} == {
+        "still": "dropped",
+        **{
+            name: "finished" if results[f"s-{name}-s1"]["step"] == 6 else "dropped"
+            for name in ("gapo", "simpo")
+        },
+    }
+    assert results["s-still-s1"]["step"] == 2
+    assert results["s-still-s1"]["tuned"]["rewards/margins"] == pytest.approx(
+        results["s-still-s1"]["base"]["rewards/margins"], abs=1e-6
+    )
+    assert sorted(r["step"] for r in results.values()).count(6) >= 1
+
+
+def test_a_run_in_the_way_is_told_before_anything_is_trained(quick: dict, tmp_path: Path) -> None:
+    (tmp_path / "s-gapo-s1").mkdir(parents=True)
+    with pytest.raises(RunError, match="s-gapo-s1"):
+        new(quick, tmp_path)
+    assert not (tmp_path / "s").exists()
+
+
+def test_data_that_change_between_cells_stop_the_sweep(quick: dict, tmp_path: Path) -> None:
+    source = tmp_path / "pairs.jsonl"
+    rows = Path(quick["base"]["data"]["source"]).read_text("utf-8").splitlines()
+    source.write_text("\n".join(rows), "utf-8")
+    quick["settings"] |= {"data.source": str(source)}
+    folder = new(quick, tmp_path)
+    told(folder, budget=Budget(max_runs=1))
+    changed = json.loads(rows[0]) | {"chosen": "Something else."}
+    source.write_text("\n".join([json.dumps(changed), *rows[1:]]), "utf-8")
+    with pytest.raises(RunError, match="have changed since s-simpo-s1"):
+        told(folder)
+    assert folder.state() == "failed"
+    assert list(folder.results()) == ["s-simpo-s1"]
+
+
+def test_judged_data_are_asked_about_their_gaps(quick: dict, tmp_path: Path) -> None:
+    source = tmp_path / "pairs.jsonl"
+    rows = [
+        json.loads(line)
+        for line in Path(quick["base"]["data"]["source"]).read_text("utf-8").splitlines()
+    ]
+    rows = [{**row, "strength": index / 30} for index, row in enumerate(rows)]
+    source.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    quick["settings"] |= {"data.source": str(source)}
+    folder = new(quick, tmp_path)
+    told(folder, budget=Budget(max_runs=1))
+    agreement = folder.read("agree.json")
+    assert agreement["judgement"] == "strength"
+    assert [row["metric"] for row in agreement["metrics"]] == ["rougeL"]
+
+
+def test_a_sweep_is_not_a_run_and_is_found_by_name_or_folder(quick: dict, tmp_path: Path) -> None:
+    from gapo_lite.overview import overview
+
+    folder = new(quick, tmp_path, "found")
+    assert open_sweep("found", tmp_path).path == open_sweep(folder.path, Path("else")).path
+    assert overview(tmp_path) == []
+    assert folder.state() == "interrupted" or folder.state() == "starting"
+    with pytest.raises(RunError, match=r"there is no sweep 'lost'\. Sweeps in .*: found"):
+        open_sweep("lost", tmp_path)
+
+
+def test_a_name_or_contender_too_long_for_a_run_is_refused(quick: dict, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="100 are the most"):
+        new(quick, tmp_path, "s" * 95)
+
+
+def test_several_processes_are_refused(
+    quick: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = new(quick, tmp_path)
+
+    class Two:
+        num_processes = 2
+
+    monkeypatch.setattr("gapo_lite.sweep.PartialState", Two)
+    with pytest.raises(ConfigError, match="single process"):
+        run_sweep(folder)

@@ -1,0 +1,152 @@
+"""What a sweep tries, and every way of getting it wrong. Nothing is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gapo_lite.config import load_config
+from gapo_lite.errors import ConfigError
+from gapo_lite.objectives import OBJECTIVES
+from gapo_lite.sweep_config import cells_of, contenders, load_sweep, parse_sweep, to_yaml
+
+RECIPES = Path(__file__).parents[1] / "configs"
+SWEEPS = sorted((RECIPES / "sweeps").glob("*.yaml"))
+BASE = {"model": {"name": "embedded:smollm2-135m-instruct"}}
+
+
+def refusal(**given: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_sweep({"base": BASE, **given})
+    return str(caught.value)
+
+
+def names(**given: object) -> list[str]:
+    return [one.name for one in contenders(parse_sweep({"base": BASE, **given}))]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_opens_with_its_purpose_and_command(path: Path) -> None:
+    sweep = load_sweep(path)
+    assert path.stem == "gamma_beta" or sweep.baseline
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert f"gapo-lite sweep configs/sweeps/{path.name}" in text
+
+
+def test_the_recipes_are_the_issue_s_and_each_table_has_its_rows() -> None:
+    found = {path.stem: contenders(load_sweep(path)) for path in SWEEPS}
+    assert set(found) == {"demo", "gamma_beta", "objectives", "results", "table3", "table4"}
+    metrics = {one.config.ef.metric for one in found["table3"] if one.name != "simpo"}
+    assert len(metrics) == 7
+    assert {one.config.objective.name for one in found["objectives"]} == set(OBJECTIVES)
+    how = {(one.config.margin.mapping, one.config.margin.normalization) for one in found["table4"]}
+    assert how == {
+        *(("linear", "scale"), ("square", "scale"), ("sqrt", "scale")),
+        *(("log", "none"), ("log", "shift"), ("log", "scale")),
+    }
+    assert len(found["results"]) == 14
+
+
+def test_objectives_of_a_sweep_have_their_own_defaults_not_the_base_s() -> None:
+    for one in contenders(load_sweep(RECIPES / "sweeps" / "objectives.yaml")):
+        own = OBJECTIVES[one.config.objective.name].parameters
+        if one.name not in ("gapo", "simpo"):
+            assert one.config.objective.beta == own.get("beta"), one.name
+
+
+def test_a_grid_is_every_combination_and_goes_over_variants() -> None:
+    variants = [{"name": "a"}, {"name": "b", "settings": {"ef.metric": "rouge1"}}]
+    grid = {"margin.gamma": [0.1, 0.3], "objective.beta": [2, 10]}
+    assert names(grid=grid) == [
+        *("gamma-0.1-beta-2", "gamma-0.1-beta-10", "gamma-0.3-beta-2", "gamma-0.3-beta-10"),
+    ]
+    assert names(variants=variants, grid={"margin.gamma": [0.1, 1]}) == [
+        *("a-gamma-0.1", "a-gamma-1", "b-gamma-0.1", "b-gamma-1"),
+    ]
+    assert names() == ["base"]
+
+
+def test_values_of_any_kind_become_names() -> None:
+    grid = {"training.max_steps": [None, 3], "lora.target_modules": [["q_proj", "v_proj"]]}
+    assert names(grid=grid) == [
+        "max_steps-null-target_modules-q-proj-v-proj",
+        "max_steps-3-target_modules-q-proj-v-proj",
+    ]
+
+
+def test_cells_come_seed_by_seed_so_that_a_short_budget_compares_all() -> None:
+    sweep = parse_sweep({"base": BASE, "grid": {"margin.gamma": [0.1, 0.3]}, "seeds": [7, 8]})
+    cells = cells_of(sweep, "s")
+    assert [cell.run for cell in cells] == [
+        *("s-gamma-0.1-s7", "s-gamma-0.3-s7", "s-gamma-0.1-s8", "s-gamma-0.3-s8"),
+    ]
+    assert [cell.config.training.seed for cell in cells] == [7, 7, 8, 8]
+    assert [cell.config.margin.gamma for cell in cells] == [0.1, 0.3, 0.1, 0.3]
+
+
+def test_a_sweep_written_out_is_the_same_sweep(tmp_path: Path) -> None:
+    sweep = load_sweep(RECIPES / "sweeps" / "demo.yaml")
+    (tmp_path / "sweep.yaml").write_text(to_yaml(sweep), encoding="utf-8")
+    again = load_sweep(tmp_path / "sweep.yaml")
+    assert again == sweep
+    assert cells_of(again, "x") == cells_of(sweep, "x")
+    assert cells_of(sweep, "x")[1].config == load_config(RECIPES / "demo.yaml")
+
+
+def test_overrides_reach_the_sweep_and_its_runs() -> None:
+    path = RECIPES / "sweeps" / "table3.yaml"
+    overrides = ["base=../demo.yaml", "seeds=[1]", "answers.prompts=3", "training.max_steps=9"]
+    sweep = load_sweep(path, overrides)
+    assert sweep.seeds == [1]
+    assert sweep.answers is not None
+    assert sweep.answers.prompts == 3
+    configs = [cell.config for cell in cells_of(sweep, "s")]
+    assert {config.training.max_steps for config in configs} == {9}
+    assert {config.model.name for config in configs} == {"embedded:smollm2-135m-instruct"}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"grid": {"margin.gama": [1]}}, ["contender gama-1", "Did you mean margin.gamma?"]),
+        ({"grid": {"margin.gamma": [-1, 0.1, -2]}}, ["gamma--1", "gamma--2", "greater than"]),
+        ({"grid": {"margin.gamma": []}}, ["no values for margin.gamma"]),
+        ({"grid": {"training.seed": [1]}}, ["seeds go under `seeds`"]),
+        ({"grid": {"margin.gamma": [1]}, "settings": {"margin.gamma": 2}}, ["cannot be in the"]),
+        ({"seeds": []}, ["seeds"]),
+        ({"seeds": [1, 1]}, ["names a seed twice"]),
+        ({"sedes": [1]}, ["sedes: there is no such setting. Did you mean seeds?"]),
+        ({"hours": 0}, ["hours"]),
+        ({"hours": True}, ["hours"]),
+        ({"variants": [{"name": "../up"}]}, ["name", "letters"]),
+        ({"variants": [{"name": "a"}, {"name": "a", "settings": {"margin.gamma": 1}}]}, ["called"]),
+        ({"variants": [{"name": "a"}, {"name": "b"}]}, ["a and b have the same settings"]),
+        ({"baseline": "simpo"}, ["no contender", "base"]),
+        ({"decile_metric": "rouge9"}, ["must be one of jaccard"]),
+        ({"halving": {"first_steps": 0}}, ["halving.first_steps"]),
+        ({"grid": {"margin.gamma": list(range(2000))}}, ["6,000 runs"]),
+        ({"grid": {"ef.bertscore_model": ["x" * 80]}}, ["Give variants a name"]),
+        ({"base": "demo.yaml"}, ["was not read"]),
+    ],
+)
+def test_mistakes_are_told_in_words(given: dict, says: list[str]) -> None:
+    message = refusal(**given)
+    for words in says:
+        assert words in message
+
+
+def test_settings_that_one_contender_has_no_use_for_do_not_make_it_another() -> None:
+    """γ means nothing to KTO, so two of them would be one."""
+    grid = {"ef.metric": ["rouge1", "rougeL"]}
+    settings = {"objective.name": "simpo"}
+    assert "same settings" in refusal(settings=settings, grid=grid)
+
+
+def test_a_missing_base_is_told_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({"base": "nowhere.yaml"}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="there is no configuration file .*nowhere.yaml"):
+        load_sweep(path)
