@@ -1,39 +1,18 @@
-"""The training process as the page sees it: start, resume, stop, find again, rename, delete.
+"""Trainings as the page sees them: start, resume, stop, find again, rename, delete.
 
-    runs/.jobs/<name>.job/
-      config.yaml   of a new run
-      output.log    what the process printed
-      job.json      pid, command, started, resumed, stop_asked
-      lock          held by the process for as long as it lives
-
-The server holds nothing: a restarted one, or a second one, reads these folders and the runs' own.
-The process is the ordinary command line. It inherits the open `lock` and knows nothing of it; the
-system releases it when the process ends, however that happens, so no pid or flag can be stale.
-
-Grandchildren: one that is forked and not executed, such as a dataloader's worker, inherits the
-lock too and could outlive the process. So a held lock counts only while the process itself is
-there as well (no other can get its pid while they last: it is the number of their group); whoever
-started it ends what it leaves behind; and each launch makes a new lock file, whoever still holds
-the old one.
-
-Folders end in .job because `*/config.yaml` and `*/adapter` are how runs are found, and both are
-allowed as names of runs.
+The processes that do the work are in processes.py; all of this is of runs, and sweep_jobs.py the
+same of sweeps.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
-from app.children import environment
+from app import processes
 from app.job_files import (
     ENDING,
     JOBS,
@@ -41,33 +20,21 @@ from app.job_files import (
     end_of,
     existing,
     folders,
+    is_name,
     is_run,
+    is_sweep,
     is_torn,
     job_folder,
-    make_empty,
     outcome,
     read_record,
     status_of,
     whole,
-    write_record,
 )
+from app.processes import Worker, changing, worker_of
 from gapo_lite.checkpoints import list_checkpoints, newest_valid_checkpoint
 from gapo_lite.config import RunConfig
 from gapo_lite.errors import RunError
-from gapo_lite.runs import (
-    ACTIVE_STATES,
-    Run,
-    check_name,
-    create_run,
-    file_lock,
-    free_name,
-    now,
-    remove_run,
-    replace_text,
-    telling_disk_errors,
-)
-
-_PATIENCE = 15.0  # seconds that one change waits for another, such as the removal of a large run
+from gapo_lite.runs import Run, check_name, create_run, free_name, now, remove_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +65,6 @@ class JobReport:
     why_not: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Training:
-    """A process that trains now: who it is (as it says), the lock it holds, who started it."""
-
-    pid: Any
-    lock: Path
-    by_page: bool
-    stop_asked: bool
-
-
 # -- one training at a time --
 
 
@@ -126,10 +83,11 @@ def start(
         RunError: another run is being trained, the name is bad or in use, or nothing can be
             started or written here.
     """
-    with _changing(runs_dir):
-        _refuse_while_another_trains(runs_dir)
+    with changing(runs_dir):
+        processes.refuse_while_another_trains(runs_dir)
         name = free_name(runs_dir, name, default_name)
-        _launch(runs_dir, name, config)
+        file = str(job_folder(runs_dir, name) / "config.yaml")
+        processes.launch(runs_dir, name, ["train", file, "--name", name], config.to_yaml())
     return name
 
 
@@ -144,10 +102,10 @@ def resume(runs_dir: Path, name: str) -> None:
     _refuse(why_not_resumable(run))
     run.config()
     newest_valid_checkpoint(run.checkpoints, lambda text: None)  # hashes: too slow for a report
-    with _changing(runs_dir):
+    with changing(runs_dir):
         _refuse(why_not_resumable(run))
-        _refuse_while_another_trains(runs_dir)
-        _launch(runs_dir, name, None)
+        processes.refuse_while_another_trains(runs_dir)
+        processes.launch(runs_dir, name, ["train", "--resume", name])
 
 
 def why_not_resumable(run: Run) -> str:
@@ -155,9 +113,9 @@ def why_not_resumable(run: Run) -> str:
 
     Checkpoints are judged by the sizes of their files: `resume` looks closer.
     """
-    if _training(run.path.parent, run.name):
+    if worker_of(run.path.parent, run.name):
         return f"the run {run.name} is being trained now."
-    if status_of(run).get("state") == "finished":
+    if status_of(run.path).get("state") == "finished":
         return f"the run {run.name} is finished, so there is nothing to go on with."
     saved = list_checkpoints(run.checkpoints)
     if not saved or not (run.path / "config.yaml").is_file():
@@ -174,16 +132,8 @@ def stop(runs_dir: Path, name: str) -> None:
     Raises:
         RunError: it is not being trained, or by a process that is not ours to stop.
     """
-    with _changing(runs_dir):
-        training = _training_to_end(runs_dir, name)
-        if training.stop_asked:  # a second SIGTERM means: at once, without saving
-            return
-        _signal(training, name, signal.SIGTERM)
-        folder = job_folder(runs_dir, name)
-        if not training.by_page:  # what lies there is of an earlier process, if anything
-            make_empty(folder)
-        record = read_record(folder / "job.json")
-        write_record(folder, {**record, "pid": training.pid, "stop_asked": now()})
+    with changing(runs_dir):
+        processes.ask_to_stop(runs_dir, name, _worker_to_end(runs_dir, name))
 
 
 def kill(runs_dir: Path, name: str) -> None:
@@ -192,8 +142,8 @@ def kill(runs_dir: Path, name: str) -> None:
     Raises:
         RunError: it is not being trained, or by a process that is not ours to end.
     """
-    with _changing(runs_dir):
-        _signal(_training_to_end(runs_dir, name), name, signal.SIGKILL)
+    with changing(runs_dir):
+        processes.send(_worker_to_end(runs_dir, name), name, signal.SIGKILL)
 
 
 # -- looking --
@@ -206,10 +156,10 @@ def report(runs_dir: Path, name: str) -> JobReport:
         RunError: there is no such run.
     """
     run = existing(runs_dir, name)
-    training = _training(runs_dir, name)  # first: a process that ends meanwhile has written status
-    status, record = status_of(run), read_record(job_folder(runs_dir, name) / "job.json")
-    if training:
-        state, message = _state_of_training(training, status), ""
+    worker = worker_of(runs_dir, name)  # first: a process that ends meanwhile has written status
+    status, record = status_of(run.path), read_record(job_folder(runs_dir, name) / "job.json")
+    if worker:
+        state, message = worker.state(status), ""
     else:
         state, message = outcome(run, status, record)
     why_not = why_not_resumable(run)
@@ -219,7 +169,7 @@ def report(runs_dir: Path, name: str) -> JobReport:
         name=name,
         state=state,
         message=message,
-        pid=whole(training.pid) or None if training else None,
+        pid=whole(worker.pid) or None if worker else None,
         step=whole(status.get("step")),
         total=whole(status.get("total")),
         heartbeat_age=max(0.0, now() - heartbeat) if heartbeat else None,
@@ -229,13 +179,14 @@ def report(runs_dir: Path, name: str) -> JobReport:
 
 
 def active(runs_dir: Path) -> str | None:
-    """The run that is being trained now, whoever started it."""
-    jobs = runs_dir / JOBS
-    held = [
-        *(job.removesuffix(ENDING) for job in folders(jobs) if _is_held(jobs / job / "lock")),
-        *(name for name in folders(runs_dir) if _is_held(runs_dir / name / ".lock")),
-    ]
-    return next((name for name in held if _is_name(name) and _training(runs_dir, name)), None)
+    """The run that is being trained now, whoever started it; also where a sweep trains it."""
+    busy = processes.active(runs_dir)
+    if busy is None or not is_sweep(runs_dir / busy):
+        return busy
+    cell = status_of(runs_dir / busy).get("cell")
+    if not isinstance(cell, str) or not is_name(cell):
+        return None
+    return cell if worker_of(runs_dir, cell) else None
 
 
 def names(runs_dir: Path) -> list[str]:
@@ -243,11 +194,11 @@ def names(runs_dir: Path) -> list[str]:
     it had one); oldest first. Folders that have no run's name are left to the command line."""
     began: dict[str, float] = {}
     for folder in folders(runs_dir):
-        if _is_name(folder):
+        if is_name(folder):
             _note_time(began, folder, runs_dir / folder / "config.yaml")
     for folder in folders(runs_dir / JOBS):
         name = folder.removesuffix(ENDING)
-        if _is_name(name) and name not in began:
+        if is_name(name) and name not in began:
             _note_time(began, name, runs_dir / JOBS / folder / "config.yaml")
     return sorted(began, key=lambda name: (began[name], name))
 
@@ -274,7 +225,7 @@ def rename(runs_dir: Path, old: str, new: str) -> None:
     Raises:
         RunError: there is no such run, it is being trained, or the new name is bad or in use.
     """
-    with _changing(runs_dir), _at_rest(runs_dir, old) as run:
+    with changing(runs_dir), _at_rest(runs_dir, old) as run:
         check_name(new)
         free_name(runs_dir, new, "run")
         job, new_job = job_folder(runs_dir, old), job_folder(runs_dir, new)
@@ -292,7 +243,7 @@ def delete(runs_dir: Path, name: str) -> None:
     Raises:
         RunError: there is no such run, it is being trained, or not all of it can be removed.
     """
-    with _changing(runs_dir), _at_rest(runs_dir, name) as run:
+    with changing(runs_dir), _at_rest(runs_dir, name) as run:
         for folder in ([run.path] if is_run(run) else []) + [job_folder(runs_dir, name)]:
             remove_run(Run(folder))
             if folder.exists():
@@ -301,15 +252,7 @@ def delete(runs_dir: Path, name: str) -> None:
                 )
 
 
-# -- private: places --
-
-
-def _is_name(name: str) -> bool:
-    try:
-        check_name(name)
-    except RunError:
-        return False
-    return True
+# -- private --
 
 
 def _note_time(times: dict[str, float], name: str, path: Path) -> None:
@@ -317,30 +260,11 @@ def _note_time(times: dict[str, float], name: str, path: Path) -> None:
         times[name] = path.stat().st_mtime
 
 
-# -- private: the process --
-
-
-@contextlib.contextmanager
-def _changing(runs_dir: Path) -> Iterator[None]:
-    """One change at a time, of all servers on this folder."""
-    jobs = runs_dir / JOBS
-    with telling_disk_errors(jobs):
-        jobs.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(file_lock(jobs / "start.lock", patience=_PATIENCE))
-        except BlockingIOError:
-            raise RunError(
-                f"another change to the runs in {runs_dir} takes long: try again in a moment."
-            ) from None
-        yield
-
-
 @contextlib.contextmanager
 def _at_rest(runs_dir: Path, name: str) -> Iterator[Run]:
     """A run that nobody trains, and that nobody can begin to train meanwhile."""
     run = existing(runs_dir, name)
-    if _training(runs_dir, name):
+    if worker_of(runs_dir, name):
         raise RunError(f"the run {name} is being trained: stop it first.")
     with run.lock() if is_run(run) else contextlib.nullcontext():
         yield run
@@ -351,162 +275,9 @@ def _refuse(why: str) -> None:
         raise RunError(why)
 
 
-def _refuse_while_another_trains(runs_dir: Path) -> None:
-    busy = active(runs_dir)
-    if busy is None:
-        return
-    status = status_of(Run(runs_dir / busy))
-    step, total = whole(status.get("step")), whole(status.get("total"))
-    where = f"step {step} of {total}" if total else "it prepares its data"
-    raise RunError(
-        f"the run {busy} is being trained ({where}): wait for it or stop it; one training at a "
-        "time."
-    )
-
-
-def _launch(runs_dir: Path, name: str, config: RunConfig | None) -> None:
-    """A new process, for a new run or (without `config`) to go on with one."""
-    folder = job_folder(runs_dir, name)
-    what = ["--resume", name] if config is None else [str(folder / "config.yaml"), "--name", name]
-    command = [sys.executable, "-m", "gapo_lite", "train", *what, "--runs-dir", str(runs_dir)]
-    record = {
-        **{"pid": None, "command": command, "started": now()},
-        **{"resumed": config is None, "stop_asked": None},
-    }
-    make_empty(folder)
-    with (
-        telling_disk_errors(folder),
-        file_lock(folder / "lock", patience=_PATIENCE) as lock,  # who looks has it for a moment
-        (folder / "output.log").open("wb") as output,
-    ):
-        if config is not None:
-            replace_text(folder / "config.yaml", config.to_yaml())
-        # Before the process: a server that is killed in between leaves one that can be found.
-        write_record(folder, record)
-        try:
-            process = _process(command, output, lock)
-        except OSError as error:
-            remove_run(Run(folder))
-            raise RunError(f"no training process can be started: {error}.") from None
-        threading.Thread(target=_reap, args=(process,), daemon=True).start()
-        write_record(folder, {**record, "pid": process.pid})
-
-
-def _process(command: list[str], output: IO[bytes], lock: int) -> subprocess.Popen[bytes]:
-    """Of a session of its own, so that neither Ctrl-C nor a closed terminal reaches it."""
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        pass_fds=(lock,),
-        env=environment(),
-    )
-
-
-def _reap(process: subprocess.Popen[bytes]) -> None:
-    """Waits for the end of a process, and ends what it leaves behind; its pid is not reused before
-    the last line."""
-    with contextlib.suppress(OSError):
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _training(runs_dir: Path, name: str) -> _Training | None:
-    """The process that trains a run now."""
-    run, job = Run(runs_dir / name), job_folder(runs_dir, name)
-    if _is_held(job / "lock"):
-        record = read_record(job / "job.json")
-        if not _is_over(record.get("pid")):
-            pid = record.get("pid") or status_of(run).get("pid")
-            return _Training(pid, job / "lock", True, bool(record.get("stop_asked")))
-    if _is_held(run.path / ".lock"):
-        pid, record = status_of(run).get("pid"), read_record(job / "job.json")
-        stop_asked = bool(record.get("stop_asked")) and record.get("pid") == pid
-        return _Training(pid, run.path / ".lock", False, stop_asked)
-    return None
-
-
-def _training_to_end(runs_dir: Path, name: str) -> _Training:
+def _worker_to_end(runs_dir: Path, name: str) -> Worker:
     existing(runs_dir, name)
-    training = _training(runs_dir, name)
-    if training is None:
+    worker = worker_of(runs_dir, name)
+    if worker is None:
         raise RunError(f"the run {name} is not being trained, so there is nothing to stop.")
-    return training
-
-
-def _signal(training: _Training, name: str, number: signal.Signals) -> None:
-    """A signal to a process that is this run's training beyond doubt; SIGKILL goes to the whole
-    group of one that the page started."""
-    pid = whole(training.pid)
-    if pid < 2 or not _holds(pid, training.lock) or not _is_our_program(pid):
-        raise RunError(
-            f"the run {name} is being trained by a process that the page cannot end (pid "
-            f"{pid or 'unknown'}): it is another user's or another program's, or has only just "
-            "begun. Try again, or stop it where it was started."
-        )
-    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-        if number == signal.SIGKILL and training.by_page:
-            os.killpg(pid, number)
-        else:
-            os.kill(pid, number)
-
-
-def _holds(pid: int, lock: Path) -> bool:
-    """Whether a process has a lock's file open: neither a reused pid nor a forged file can do
-    that."""
-    try:
-        descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
-        mark = lock.stat()
-    except OSError:
-        return False
-    for descriptor in descriptors:
-        with contextlib.suppress(OSError):  # closed meanwhile
-            if os.path.samestat(descriptor.stat(), mark):
-                return True
-    return False
-
-
-def _is_our_program(pid: int) -> bool:
-    """Whether a process is the command line and trains, and not a notebook that does."""
-    try:
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return False
-    programs = {"gapo_lite", "gapo-lite"}
-    return any(Path(a).name in programs for a in arguments) and (
-        "train" in arguments or "demo" in arguments
-    )
-
-
-def _is_over(pid: Any) -> bool:
-    """Whether a process has ended, though others may hold what it held; never for an unknown one,
-    as it is for a moment at the start."""
-    if not whole(pid):
-        return False
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return True
-    return stat.rpartition(")")[2].split()[0] in ("Z", "X")  # dead, and not waited for yet
-
-
-def _is_held(lock: Path) -> bool:
-    try:
-        with file_lock(lock, probe=True):
-            return False
-    except BlockingIOError:
-        return True
-    except OSError:  # it is not there, or not a lock
-        return False
-
-
-def _state_of_training(training: _Training, status: dict[str, Any]) -> str:
-    if training.stop_asked:
-        return "stopping"
-    if training.pid is None or status.get("pid") != training.pid:
-        return "preparing"  # what the status says, if anything, is of an earlier process
-    state = str(status.get("state"))
-    return state if state in ACTIVE_STATES else "running"  # it has only to tidy up
+    return worker
