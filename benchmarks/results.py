@@ -1,12 +1,15 @@
-"""docs/results.md: SimPO, DPO and GaPO with every EF, mapping and normalisation, on real pairs.
+"""docs/results.md and docs/tuning.md: SimPO, DPO and GaPO with every EF, mapping and
+normalisation, and GaPO with other γ, β and learning rates, on real pairs.
 
-    python benchmarks/results.py                    # trains what is not trained yet: about an hour
-    python benchmarks/results.py --docs docs/results.md    # the page, from benchmarks/results/
+    python benchmarks/results.py                          # the first sweep: about an hour
+    python benchmarks/results.py --sweep tuning           # the second: about 20 minutes
+    python benchmarks/results.py --docs                   # both pages, from benchmarks/results/
 
-The sweep configs/sweeps/results.yaml runs on the pairs of `--pairs FILE --heldout FILE` of which
-prompt and longer response have at most `--tokens` tokens together, in the embedded model's tokens.
-On the way its process is killed (SIGKILL) as often as `--kills` says, and goes on; a call after a
-kill of this script itself goes on too. Only numbers are kept, nothing of the pairs' text.
+The sweeps configs/sweeps/{results,tuning}.yaml run on the pairs of `--pairs FILE --heldout FILE`
+of which prompt and longer response have at most `--tokens` tokens together, in the embedded model's
+tokens. On the way the sweep's process is killed (SIGKILL) as often as `--kills` says, and goes on;
+a call after a kill of this script itself goes on too. Only numbers are kept in benchmarks/results/,
+nothing of the pairs' text.
 """
 
 from __future__ import annotations
@@ -19,21 +22,26 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import common  # noqa: F401  # isort: skip  # first: it sets the environment
+import common  # isort: skip  # first: it sets the environment
+
+import yaml
 
 from gapo_lite.batching import tokenize_pairs
 from gapo_lite.data import load_pairs
 from gapo_lite.model import load_tokenizer
+from gapo_lite.report import write_report
+from gapo_lite.runs import Run
 from gapo_lite.sweep_folder import SweepFolder, open_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"
 WORK = ROOT / "build" / "results"
-SWEEPS = {"results": "configs/sweeps/results.yaml"}
+KEPT = ROOT / "benchmarks" / "results"
 MODEL = "embedded:smollm2-135m-instruct"
 
 
@@ -44,18 +52,24 @@ def main() -> int:
     parser.add_argument("--pairs", type=Path, default=REAL / "alpaca_pairs_train.jsonl.gz")
     parser.add_argument("--heldout", type=Path, default=REAL / "alpaca_pairs_test.jsonl.gz")
     parser.add_argument("--tokens", type=int, default=192, help="longest pair that is used")
-    parser.add_argument("--sweep", default="results", help="a name under configs/sweeps/")
+    parser.add_argument("--sweep", default="results", choices=["results", "tuning"])
     parser.add_argument("--kills", type=int, default=2, help="SIGKILLs on the way")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--work", type=Path, default=WORK, help="where its runs lie")
+    parser.add_argument("--docs", action="store_true", help="only write the pages")
     args = parser.parse_args()
+    if args.docs:
+        for name, text in documents().items():
+            (ROOT / "docs" / name).write_text(text, encoding="utf-8")
+        return 0
     args.work.mkdir(parents=True, exist_ok=True)
     for name, source in (("train", args.pairs), ("heldout", args.heldout)):
         out = args.work / f"{name}.jsonl"
         if not out.exists():
             print(f"{name}: {write_short(source, out, args.tokens)} pairs", flush=True)
-    kept = run_with_kills(args)
-    print(json.dumps(kept, indent=1))
+    run_with_kills(args)
+    record = kept(args.work / "runs" / args.sweep, args.work / "kills.jsonl")
+    common.write_json(KEPT / f"sweep_{args.sweep}.json", record)
     return 0
 
 
@@ -77,8 +91,8 @@ def write_short(source: Path, out: Path, tokens: int) -> int:
     return len(short)
 
 
-def run_with_kills(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the sweep to its end, and kills it at random moments; what is known of that."""
+def run_with_kills(args: argparse.Namespace) -> None:
+    """Runs the sweep to its end, and kills it at random moments."""
     runs_dir, log = args.work / "runs", args.work / "kills.jsonl"
     began = time.time()
     while True:
@@ -96,7 +110,7 @@ def run_with_kills(args: argparse.Namespace) -> dict[str, Any]:
                 _note_kill(log, open_sweep(args.sweep, runs_dir), began)
                 break
         if child.wait() == 0:
-            return {"kills": [json.loads(line) for line in _lines(log)]}
+            return
         if child.returncode != -signal.SIGKILL:
             raise SystemExit(f"the sweep ended with {child.returncode}")
 
@@ -131,8 +145,64 @@ def _note_kill(log: Path, folder: SweepFolder, began: float) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def _lines(log: Path) -> list[str]:
-    return log.read_text().splitlines() if log.exists() else []
+# -- what is kept, and the pages made of it --
+
+
+def kept(folder: Path, kills: Path) -> dict[str, Any]:
+    """A sweep's numbers as one JSON object: its small files by their names below the runs' folder,
+    without local paths."""
+    sweep = SweepFolder(folder)
+    settings = yaml.safe_load((folder / "sweep.yaml").read_text(encoding="utf-8"))
+    for holder in (settings["settings"], settings["base"]["data"]):
+        for key in (*holder,):
+            if key.endswith("source") and holder[key]:
+                holder[key] = Path(holder[key]).name
+    files = {f"{folder.name}/sweep.yaml": settings}
+    for name in ("base.json", "agree.json", "sweep-status.json"):
+        files[f"{folder.name}/{name}"] = sweep.read(name)
+    for run, record in sweep.results().items():
+        files[f"{folder.name}/cells/{run}.json"] = record
+        files |= _of_run(Run(folder.parent / run))
+    log = kills.read_text().splitlines() if kills.exists() else []
+    seconds = sum(record["seconds"] for record in sweep.results().values())
+    return {
+        "machine": common.machine(),
+        "kills": [json.loads(line) for line in log],
+        "seconds": round(seconds),
+        "files": files,
+    }
+
+
+def _of_run(run: Run) -> dict[str, Any]:
+    environment = run.read("environment.json")
+    environment = {key: environment[key] for key in ("versions", "gpu", "cpu_count")}
+    scores = run.read("heldout.json")["newest"]
+    newest = {
+        key: [round(value, 6) for value in scores[key]]
+        for key in ("chosen_logps", "rejected_logps")
+    }
+    return {
+        f"{run.name}/margins.json": run.read("margins.json"),
+        f"{run.name}/environment.json": environment,
+        f"{run.name}/heldout.json": {"newest": newest},
+    }
+
+
+def report_of(record: dict[str, Any]) -> str:
+    """The report's Markdown of what was kept, without its title and last line."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in record["files"].items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
+        (sweep,) = {name.split("/")[0] for name in record["files"] if name.endswith("sweep.yaml")}
+        text = write_report(Path(folder) / sweep)[1].read_text(encoding="utf-8")
+    return "\n".join(text.rstrip().splitlines()[1:-1]).strip()
+
+
+def documents() -> dict[str, str]:
+    """File name in docs/ → text."""
+    return {}
 
 
 if __name__ == "__main__":

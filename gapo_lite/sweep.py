@@ -191,6 +191,9 @@ class _Sweep:
             if run.state() == "finished":
                 seconds = time.monotonic() - began
                 self._record(cell, run, "finished", seconds)
+            elif run.read("status.json").get("stopped_by") == "drift":
+                self._record(cell, run, "dropped")
+                self.tell(f"{cell.run}: {run.read('status.json')['message']}")
             elif not self._is_at(run, limit):
                 raise _Stop(self._why_stopped(run))
         except _DataChangedError:

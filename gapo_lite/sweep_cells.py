@@ -149,6 +149,7 @@ def cell_record(
     clock = [row["elapsed_s"] for row in run.metrics() if "elapsed_s" in row]
     return {
         **_identity(cell, state),
+        "message": status.get("message", ""),
         "step": status["step"],
         "total": status["total"],
         "seconds": round(max([seconds, *clock]), 1),

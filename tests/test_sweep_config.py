@@ -38,7 +38,9 @@ def test_every_recipe_loads_and_opens_with_its_purpose_and_command(path: Path) -
 
 def test_the_recipes_are_the_issue_s_and_each_table_has_its_rows() -> None:
     found = {path.stem: contenders(load_sweep(path)) for path in SWEEPS}
-    assert set(found) == {"demo", "gamma_beta", "objectives", "results", "table3", "table4"}
+    assert set(found) == {
+        *("demo", "gamma_beta", "objectives", "results", "table3", "table4", "tuning")
+    }
     metrics = {one.config.ef.metric for one in found["table3"] if one.name != "simpo"}
     assert len(metrics) == 7
     assert {one.config.objective.name for one in found["objectives"]} == set(OBJECTIVES)
