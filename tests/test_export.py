@@ -101,11 +101,11 @@ QUESTIONS = ("What is a leap year?", "Name three fruits.", "1 + 1 =", "Прив�
 
 @plain_peft
 @pytest.mark.parametrize(
-    "name",
-    ["tiny", pytest.param("embedded:smollm2-135m-instruct", marks=pytest.mark.slow)],
+    ("name", "num_tokens"),
+    [("tiny", 32), pytest.param("embedded:smollm2-135m-instruct", 12, marks=pytest.mark.slow)],
 )
 def test_the_merged_model_answers_token_for_token_as_base_and_adapter(
-    name, tiny_settings, tiny_model, tmp_path
+    name, num_tokens, tiny_settings, tiny_model, tmp_path
 ):
     name = str(tiny_model) if name == "tiny" else name
     settings = settings_with(tiny_settings, model={"name": name})
@@ -116,10 +116,11 @@ def test_the_merged_model_answers_token_for_token_as_base_and_adapter(
     assert merged.dtype == torch.float32
     base = load_base(name, quantization="none", dtype=torch.float32)
     base.generation_config = merged.generation_config
-    before = greedy_answers(base, tokenizer, 32)
-    together = greedy_answers(PeftModel.from_pretrained(base, run.adapter), tokenizer, 32)
+    before = greedy_answers(base, tokenizer, num_tokens)
+    policy = PeftModel.from_pretrained(base, run.adapter)
+    together = greedy_answers(policy, tokenizer, num_tokens)
     assert all(one != other for one, other in zip(before, together, strict=True))
-    assert greedy_answers(merged, tokenizer, 32) == together
+    assert greedy_answers(merged, tokenizer, num_tokens) == together
 
 
 @plain_peft
