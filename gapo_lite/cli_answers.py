@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,7 +18,10 @@ if TYPE_CHECKING:
     from gapo_lite.answering import Sampling, Speaker
     from gapo_lite.answers import Answered
     from gapo_lite.chat import Voice
+    from gapo_lite.endpoint import Endpoint
     from gapo_lite.journal import Journal
+    from gapo_lite.judge import Verdict
+    from gapo_lite.pairing import AnswerPair
     from gapo_lite.prompts import Prompt
 
 AnswerFormat = Literal["answers", "alpaca_eval", "mt_bench", "arena_hard"]
@@ -132,3 +137,129 @@ def _model_name(voice: Voice, kind: str, base: bool, out: Path) -> str:
     if kind in ("mt_bench", "arena_hard"):
         return out.stem  # both benchmarks know a model by its file's name
     return f"{Path(voice.name).name}-base" if base else Path(voice.name).name
+
+
+# -- judge --
+
+
+@app.command()
+def judge(
+    a: Annotated[str, typer.Argument(metavar="A", help="Answers: FILE, or FILE:FIELD.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="What they are compared with.")],
+    out: Annotated[Path, typer.Option(help="A .json file for verdicts and summary.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The judge: a model behind $OPENAI_BASE_URL, with the key $OPENAI_API_KEY."
+        ),
+    ] = None,
+    reward_model: Annotated[
+        str | None, typer.Option(help="The judge: a reward model's folder or Hub id.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|HUB_ID", help="The question.jsonl of MT-Bench or Arena-Hard."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask before it costs.")] = False,
+    price_in: Annotated[
+        float | None, typer.Option(min=0, help="Price of a million tokens that are read.")
+    ] = None,
+    price_out: Annotated[
+        float | None, typer.Option(min=0, help="Price of a million tokens that are written.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Requests at once.")] = 4,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request.")] = 60.0,
+    retries: Annotated[int, typer.Option(min=0, help="How often a failed one is sent again.")] = 6,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 512,
+    length_control: Annotated[
+        Literal["logistic", "alpaca_eval"],
+        typer.Option(help="alpaca_eval adds AlpacaEval's own, for its own prompts."),
+    ] = "logistic",
+    seed: Seed = 0,
+) -> None:
+    """Compare two files of answers: win rate and length, and what length explains. Resumable."""
+    if (model is None) == (reward_model is None):
+        raise ConfigError("say who judges: either --model NAME or --reward-model NAME.")
+    check_out(out)
+    from gapo_lite.judgement import show_summary, summarize, verdict_rows
+    from gapo_lite.pairing import pair_answers, read_answer_file
+    from gapo_lite.prompts import load_prompts
+    from gapo_lite.win_rates import check_alpaca_eval
+
+    questions = load_prompts(prompts) if prompts else []
+    first, second = (read_answer_file(spec, questions) for spec in (a, b))
+    pairs, num_unpaired = pair_answers(first, second)
+    if length_control == "alpaca_eval":
+        check_alpaca_eval(len(pairs))
+    if model is not None:
+        from gapo_lite.endpoint import Endpoint
+
+        endpoint = Endpoint.from_environment(
+            model, max_tokens=max_tokens, timeout=timeout, retries=retries
+        )
+        name = endpoint.name
+        _agree_to_cost(endpoint, pairs, price_in, price_out, yes)
+        verdicts = _ask(endpoint, pairs, workers)
+    else:
+        name = str(reward_model)
+        verdicts = _score(name, pairs, out)
+    summary = summarize(
+        first.name,
+        second.name,
+        name,
+        pairs,
+        verdicts,
+        num_unpaired=num_unpaired,
+        length_control=length_control,
+        seed=seed,
+    )
+    rows = verdict_rows(pairs, verdicts)
+    with whole_file(out) as part:
+        text = json.dumps({"summary": summary, "verdicts": rows}, indent=1, ensure_ascii=False)
+        part.write_text(text + "\n", encoding="utf-8")
+    show_summary(summary)
+    typer.echo(f"written to {out}")
+
+
+def _agree_to_cost(
+    endpoint: Endpoint,
+    pairs: list[AnswerPair],
+    price_in: float | None,
+    price_out: float | None,
+    yes: bool,
+) -> None:
+    from gapo_lite.judge import cost
+
+    due = cost(endpoint, pairs)
+    note(
+        f"{endpoint.name}: {due.requests:,} requests for {len(pairs):,} pairs (each in both "
+        f"orders; {due.kept:,} replies are kept from before), about {due.tokens_in:,} tokens in, "
+        f"at most {due.tokens_out:,} out."
+    )
+    if price_in is not None or price_out is not None:
+        note(f"At most {due.price(price_in or 0.0, price_out or 0.0):,.4f} at the given prices.")
+    if not due.requests or yes:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError("nothing was asked: agree to the cost with --yes.")
+    if not typer.confirm("Go on?", err=True):
+        raise typer.Exit(1)
+
+
+def _ask(endpoint: Endpoint, pairs: list[AnswerPair], workers: int) -> list[Verdict]:
+    from gapo_lite.judge import judge_pairs
+    from gapo_lite.progress import counting_progress
+
+    with counting_progress("judging", "pairs") as progress:
+        return judge_pairs(endpoint, pairs, workers=workers, progress=progress)
+
+
+def _score(name: str, pairs: list[AnswerPair], out: Path) -> list[Verdict]:
+    from gapo_lite.journal import open_journal
+    from gapo_lite.progress import counting_progress
+    from gapo_lite.reward_model import load_reward_model, score_pairs_by
+
+    with open_journal(out) as journal:
+        reward = load_reward_model(name)
+        with counting_progress("scoring", "pairs") as progress:
+            return score_pairs_by(reward, pairs, journal, progress)

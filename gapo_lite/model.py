@@ -137,7 +137,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     Raises:
         ModelError: it cannot be loaded (absent, gated, offline, damaged).
     """
-    with _loading(name):
+    with loading(name):
         return AutoTokenizer.from_pretrained(
             resolve_model(name), revision=revision, trust_remote_code=False
         )
@@ -149,7 +149,7 @@ def load_model_config(name: str, revision: str | None = None) -> PretrainedConfi
     Raises:
         ModelError: it cannot be loaded.
     """
-    with _loading(name):
+    with loading(name):
         return AutoConfig.from_pretrained(
             resolve_model(name), revision=revision, trust_remote_code=False
         )
@@ -178,7 +178,7 @@ def load_base(
     """
     config = load_model_config(name, revision)
     quantize = quantization == "nf4" and not _existing_quantization(name, config)
-    with _loading(name):
+    with loading(name):
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(name),
             revision=revision,
@@ -461,8 +461,12 @@ def _check_head(name: str, model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Turns what transformers and the Hub raise into one message with a remedy."""
+def loading(name: str) -> Iterator[None]:
+    """Turns what transformers and the Hub raise into one message with a remedy.
+
+    Raises:
+        ModelError: `name` cannot be loaded.
+    """
     try:
         with _quiet_transformers():
             yield

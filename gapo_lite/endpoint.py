@@ -1,0 +1,306 @@
+"""An OpenAI-compatible endpoint, asked patiently: retries, time limits, and replies kept on disk.
+
+    endpoint = Endpoint.from_environment("gpt-4.1-mini")     # OPENAI_BASE_URL, OPENAI_API_KEY
+    endpoint.ask([{"role": "user", "content": "What is a leap year?"}])
+
+The key goes into one request header and nowhere else: into no message, file or command line. No
+redirect is followed, since it could carry the key to another host.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import json
+import logging
+import os
+import random
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from gapo_lite.embedded import cache_dir
+from gapo_lite.errors import ConfigError, RunError
+from gapo_lite.journal import digest
+from gapo_lite.runs import replace_text
+from gapo_lite.types import Message
+
+logger = logging.getLogger(__name__)
+
+OPENAI = "https://api.openai.com/v1"
+MAX_BODY = 8 * 1024**2
+MAX_WAIT_S = 600.0
+"""The longest wait that a server may ask for."""
+_BUSY = {408, 409, 425, 429}
+
+
+class NonsenseError(Exception):
+    """A reply without a text: no JSON, cut off, HTML, or empty; never leaves the package."""
+
+
+class StoppedError(Exception):
+    """Another request has ended all of them; never leaves the package."""
+
+
+class RefusedError(Exception):
+    """The server will not answer this request (400, 413, 422); never leaves the package."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the model said.
+
+    Attributes:
+        text: not empty.
+        tokens_in, tokens_out: as the server counted, None where it does not say.
+        paid: whether it was asked now, not kept from before.
+    """
+
+    text: str
+    tokens_in: int | None
+    tokens_out: int | None
+    paid: bool
+
+
+@dataclass(slots=True)
+class Endpoint:
+    """Where to ask, and how patiently; `ask` may be called from several threads.
+
+    Attributes:
+        url: up to and without /chat/completions.
+        model: its name there.
+        key: "" for none.
+        max_tokens: longest reply.
+        timeout: seconds for one request, from its start to its last byte.
+        retries: how often a request that failed is sent again.
+        kept_in: folder of the replies.
+        stopped: set it to give up waiting, and all that is not sent yet.
+    """
+
+    url: str
+    model: str
+    key: str = field(repr=False, default="")
+    max_tokens: int = 512
+    timeout: float = 60.0
+    retries: int = 6
+    kept_in: Path = field(default_factory=lambda: cache_dir() / "judge")
+    stopped: threading.Event = field(default_factory=threading.Event)
+    _asking: dict[Path, threading.Lock] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_environment(cls, model: str, **options: Any) -> Endpoint:
+        """By $OPENAI_BASE_URL (else OpenAI's own) and $OPENAI_API_KEY (a local server needs none).
+
+        Raises:
+            ConfigError: a variable is no address or no key, or OpenAI's own is asked without one.
+        """
+        url = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/") or OPENAI
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise ConfigError(
+                "OPENAI_BASE_URL is no address such as https://api.openai.com/v1 or "
+                "http://127.0.0.1:8000/v1 (http or https, without user and password)."
+            )
+        if not re.fullmatch(r"[!-~]*", key):
+            raise ConfigError("OPENAI_API_KEY holds characters that no key has. Set it again.")
+        if not key and url == OPENAI:
+            raise ConfigError(
+                "OPENAI_API_KEY is not set. Set it, or set OPENAI_BASE_URL to the server to ask."
+            )
+        return cls(url, model, key, **options)
+
+    @property
+    def name(self) -> str:
+        """Model and server, to be shown and stored."""
+        return f"{self.model} at {urlsplit(self.url).netloc}"
+
+    def kept(self, messages: Sequence[Message], attempt: int = 0) -> Reply | None:
+        """The reply of an earlier call, which costs nothing."""
+        try:
+            row = json.loads(self._place(messages, attempt).read_text(encoding="utf-8"))
+            return Reply(row["text"], row["tokens_in"], row["tokens_out"], paid=False)
+        except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged: it is asked anew
+            return None
+
+    def ask(self, messages: Sequence[Message], attempt: int = 0) -> Reply:
+        """The reply to a conversation, kept from before if there is one.
+
+        Args:
+            messages: the conversation.
+            attempt: another number asks again, though the reply to this one is kept.
+
+        Raises:
+            NonsenseError: what came back holds no text.
+            RefusedError: the server refuses this request, perhaps not the next.
+            StoppedError: `stopped` is set.
+            ConfigError: the server refuses the key, or knows no such model or address.
+            RunError: it failed more often than `retries`, or asks for too long a wait.
+        """
+        place = self._place(messages, attempt)
+        with self._asking.setdefault(place, threading.Lock()):  # the same is asked once at a time
+            if reply := self.kept(messages, attempt):
+                return reply
+            text, tokens_in, tokens_out = _read_reply(self._send(self._body(messages)))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            row = {"text": text, "tokens_in": tokens_in, "tokens_out": tokens_out}
+            replace_text(place, json.dumps(row))
+        return Reply(text, tokens_in, tokens_out, paid=True)
+
+    def _body(self, messages: Sequence[Message]) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "messages": list(messages),
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
+
+    def _place(self, messages: Sequence[Message], attempt: int) -> Path:
+        return self.kept_in / f"{digest(self.url, self._body(messages), attempt)}.json"
+
+    def _send(self, body: dict[str, Any]) -> bytes:
+        for number in range(self.retries + 1):
+            if self.stopped.is_set():
+                raise StoppedError
+            try:
+                return self._send_once(body)
+            except _BusyError as error:
+                last = error
+            if number < self.retries:
+                wait = last.wait if last.wait is not None else _backoff(number)
+                logger.info("%s; asked again in %.0f s", last, wait)
+                self.stopped.wait(wait)
+        raise RunError(
+            f"{self.name} failed {self.retries + 1} times in a row; the last time: {last}. What "
+            "was judged is kept: give the same command again when it is back."
+        )
+
+    def _send_once(self, body: dict[str, Any]) -> bytes:
+        headers = {"Content-Type": "application/json", "User-Agent": "gapo-lite"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(
+            f"{self.url}/chat/completions", json.dumps(body).encode(), headers, method="POST"
+        )
+        deadline = time.monotonic() + self.timeout
+        try:
+            with _OPENER.open(request, timeout=self.timeout) as response:
+                return _read_body(response, deadline)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._failure(error) from None
+        except TimeoutError:
+            raise _BusyError(f"no reply within {self.timeout:g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            if isinstance(reason, TimeoutError):
+                raise _BusyError(f"no reply within {self.timeout:g} s") from None
+            what = self._harmless(str(reason)) or type(reason).__name__
+            raise _BusyError(f"the connection failed ({what})") from None
+
+    def _failure(self, error: urllib.error.HTTPError) -> Exception:
+        said = ""
+        with suppress(OSError, http.client.HTTPException):
+            said = self._harmless(_message_of(error.read(65536)))
+        if error.code in _BUSY or error.code >= 500:
+            return self._busy(error, said)
+        if error.code in (401, 403):  # what it says may hold parts of the key
+            return ConfigError(
+                f"{self.name} refuses the key ({error.code}). Check OPENAI_API_KEY and "
+                "OPENAI_BASE_URL."
+            )
+        if error.code in (400, 413, 422):
+            return RefusedError(f"{error.code}: {said}" if said else str(error.code))
+        return ConfigError(
+            f"{self.name} answers {error.code} {said}. Check --model, and OPENAI_BASE_URL, which "
+            "ends before /chat/completions."
+        )
+
+    def _busy(self, error: urllib.error.HTTPError, said: str) -> Exception:
+        wait = _retry_after(error.headers.get("Retry-After"))
+        if wait is not None and wait > MAX_WAIT_S:
+            return RunError(
+                f"{self.name} asks to wait for {wait / 60:.0f} minutes ({error.code} {said}). What "
+                "was judged is kept: give the same command again then."
+            )
+        return _BusyError(f"{self.name} answers {error.code} {said}".strip(), wait)
+
+    def _harmless(self, text: str) -> str:
+        text = " ".join(text.split())[:300]
+        return text.replace(self.key, "…") if self.key else text
+
+
+class _BusyError(Exception):
+    """A failure that may pass; `wait` is what the server asks for, in seconds."""
+
+    def __init__(self, text: str, wait: float | None = None):
+        super().__init__(text)
+        self.wait = wait
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None  # becomes an HTTPError with the redirect's code
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+
+
+def _backoff(number: int) -> float:
+    """1, 2, 4 … at most 60 seconds, a little varied so that threads don't come all at once."""
+    return min(60.0, 2.0**number) * (0.75 + random.random() / 2)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds, of a number or a date."""
+    if value is None:
+        return None
+    with suppress(ValueError):
+        return max(0.0, float(value))
+    with suppress(ValueError, TypeError):
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    return None
+
+
+def _read_body(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    """All of it; a server that sends a byte now and then does not outlast the deadline."""
+    pieces, size = [], 0
+    while piece := response.read1(65536):
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_BODY:
+            raise NonsenseError(f"it is longer than {MAX_BODY:,} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return b"".join(pieces)
+
+
+def _read_reply(body: bytes) -> tuple[str, int | None, int | None]:
+    try:
+        reply = json.loads(body)
+        text = reply["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        raise NonsenseError("the reply is no chat completion") from None
+    if not isinstance(text, str) or not text.strip():
+        raise NonsenseError("the reply is empty")
+    usage = reply.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    return text, *(count if isinstance(count, int) else None for count in counts)  # type: ignore[return-value]
+
+
+def _message_of(body: bytes) -> str:
+    """The server's words, from where OpenAI and its imitators put them, or as they are."""
+    text = body.decode("utf-8", "replace")
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        error = json.loads(text)["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
+    return re.sub(r"<[^>]*>", " ", text)

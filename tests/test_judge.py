@@ -1,0 +1,575 @@
+"""`gapo-lite judge`: a server that fails, stalls and answers nonsense; kills; a reward model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gapo_lite import endpoint as endpoint_module
+from gapo_lite.cli import app
+from gapo_lite.endpoint import Endpoint
+from gapo_lite.errors import ConfigError, DataError
+from gapo_lite.judge import Verdict, cost, read_place
+from gapo_lite.pairing import pair_answers, read_answer_file
+from gapo_lite.prompts import load_prompts
+from gapo_lite.runs import read_jsonl
+
+KEY = "sk-secret-0123456789"
+
+
+class Server:
+    """A chat-completions server; `reply` is told (number of the request, its content) and returns a
+    text, (status, body) or (status, body, headers)."""
+
+    def __init__(self, reply):
+        self.seen, self.lock = [], threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    outer.seen.append((self.path, dict(self.headers), body))
+                    number = len(outer.seen)
+                said = reply(number, body["messages"][-1]["content"])
+                if said is None:  # hangs up
+                    return self.connection.close()
+                if isinstance(said, str):
+                    message = {"role": "assistant", "content": said}
+                    usage = {"prompt_tokens": 9, "completion_tokens": 3}
+                    said = 200, json.dumps({"choices": [{"message": message}], "usage": usage})
+                status, text, *headers = said
+                self.send_response(status)
+                for name, value in (headers[0] if headers else {}).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *arguments):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.handle_error = lambda *arguments: None  # clients that gave up
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+
+@contextmanager
+def serving(reply):
+    server = Server(reply)
+    thread = threading.Thread(target=server.http.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+def longer_wins(number, content):
+    """A judge that reads: the longer answer."""
+    first, second = re.findall(r"<answer \d>\n(.*?)\n</answer", content, re.DOTALL)
+    return "[[0]]" if len(first) == len(second) else f"[[{1 if len(first) > len(second) else 2}]]"
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("GAPO_LITE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(endpoint_module, "_backoff", lambda number: 0.01)
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Six prompts: A is longer in four of them, B in one, and one is equal."""
+    a, b = ["xx", "xxx", "xx", "xxxx", "x", "same"], ["x", "x", "x", "x", "xx", "same"]
+    return [
+        str(
+            write_jsonl(
+                tmp_path / f"{name}.jsonl",
+                [{"prompt": f"Q{n}", "answer": text} for n, text in enumerate(texts)],
+            )
+        )
+        for name, texts in (("a", a), ("b", b))
+    ]
+
+
+@pytest.fixture
+def judge(files, tmp_path, monkeypatch):
+    def run(server, *options, model=True):
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url if server else "")
+        who = ["--model", "m"] if model else []
+        out = ["--out", str(tmp_path / "out.json")]
+        result = CliRunner().invoke(app, ["judge", *files, *out, *who, *map(str, options)])
+        assert KEY not in result.output + result.stderr + str(result.exception)
+        return result
+
+    return run
+
+
+def summary(tmp_path):
+    text = (tmp_path / "out.json").read_text(encoding="utf-8")
+    assert KEY not in text
+    return json.loads(text)["summary"]
+
+
+# -- a judge that works --
+
+
+def test_each_pair_is_asked_in_both_orders_and_win_rate_and_length_stand_together(judge, tmp_path):
+    with serving(longer_wins) as server:
+        result = judge(server, "--yes", "--price-in", 2, "--price-out", 8)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    found = summary(tmp_path)
+    assert (found["wins"], found["ties"], found["losses"]) == (4, 1, 1)
+    assert found["win_rate"]["value"] == pytest.approx(4.5 / 6)
+    assert found["characters"] == [pytest.approx(16 / 6), pytest.approx(10 / 6)]
+    assert found["tokens"] == [None, None]
+    assert found["num_equal"] == 1
+    assert len(server.seen) == 10  # five pairs, twice
+    path, headers, body = server.seen[0]
+    assert path == "/v1/chat/completions"
+    assert headers["Authorization"] == f"Bearer {KEY}"
+    assert (body["model"], body["temperature"]) == ("m", 0)
+    assert "10 requests for 6 pairs" in result.stderr
+    assert re.search(r"At most 0\.\d+ at the given prices", result.stderr)
+    shown = result.output
+    assert "win rate of A" in shown
+    assert "75.0%" in shown
+    assert "mean length in characters" in shown
+    assert "at equal lengths" in shown
+
+
+def test_a_rerun_costs_nothing_and_ends_with_the_same_file(judge, tmp_path):
+    with serving(longer_wins) as server:
+        judge(server, "--yes")
+        before = (tmp_path / "out.json").read_bytes()
+        result = judge(server)  # nothing to agree to
+        assert result.exit_code == 0
+        assert len(server.seen) == 10
+    assert (tmp_path / "out.json").read_bytes() == before
+    assert "0 requests for 6 pairs" in result.stderr
+
+
+def test_a_judge_that_prefers_a_place_makes_ties_and_is_told_of(judge, tmp_path):
+    with serving(lambda number, content: "Clearly the first. [[1]]") as server:
+        result = judge(server, "--yes")
+    found = summary(tmp_path)
+    assert found["win_rate"]["value"] == 0.5
+    assert found["position_bias"] == {"first": 5, "second": 0, "mixed": 0}
+    assert "the first answer is preferred in 5" in result.stderr
+
+
+def test_a_win_and_a_tie_are_a_tie():
+    assert Verdict(0.5, "judged", ["a", "tie"]).bias == "mixed"
+    assert Verdict(0.5, "judged", ["b", "a"]).bias == "second"
+    assert Verdict(1.0, "judged", ["a", "a"]).bias == ""
+
+
+def test_it_costs_nothing_without_consent(judge, tmp_path):
+    with serving(longer_wins) as server:
+        result = judge(server)
+        assert result.exit_code == 2
+        assert "agree to the cost with --yes" in result.stderr
+        assert not server.seen
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("reply", "place"),
+    [
+        ("Because. [[1]]", 1),
+        ("[[ 2 ]]", 2),
+        ("[[0]]", 0),
+        ("2", 2),
+        ("Answer 1.", 1),
+        ("[[1]] or [[2]]", None),
+        ("I like both.", None),
+        ("", None),
+        ("[[3]]", None),
+        ("12", None),
+    ],
+)
+def test_a_reply_is_read_by_its_one_mark(reply, place):
+    assert read_place(reply) == place
+
+
+# -- a server that misbehaves --
+
+
+def first_time(bad):
+    """Each question is answered badly once, and well when it is asked again."""
+    asked, lock = set(), threading.Lock()
+
+    def reply(number, content):
+        with lock:
+            new = content not in asked
+            asked.add(content)
+        return bad(content) if new else longer_wins(number, content)
+
+    return reply
+
+
+BAD = {
+    "500": lambda content: (500, "<html>oops</html>"),
+    "503": lambda content: (503, ""),
+    "429": lambda content: (429, '{"error": {"message": "slow down"}}', {"Retry-After": "0.05"}),
+    "hangs up": lambda content: None,
+    "stalls": lambda content: time.sleep(6) or "[[1]]",
+    "html": lambda content: (200, "<html>welcome</html>"),
+    "truncated": lambda content: (200, '{"choices": [{"message": {"content": "[[1'),
+    "cut off": lambda content: (200, '{"choices": []', {"Content-Length": "999"}),
+    "empty": lambda content: "",
+    "null": lambda content: (200, '{"choices": [{"message": {"content": null}}]}'),
+    "nonsense": lambda content: "I am a teapot.",
+    "a list": lambda content: (200, "[1]"),
+    "binary": lambda content: (200, "\x00\ufffd"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_goes_wrong_once_does_not_change_the_result(judge, tmp_path, bad):
+    with serving(first_time(BAD[bad])) as server:
+        timeout = 2 if bad == "stalls" else 60
+        result = judge(server, "--yes", "--timeout", timeout, "--workers", 10)
+        assert result.exit_code == 0, (result.stderr, result.exception)
+        assert len(server.seen) >= 20
+    found = summary(tmp_path)
+    assert (found["wins"], found["ties"], found["losses"]) == (4, 1, 1)
+    assert found["num_unusable"] == 0
+
+
+def test_nonsense_is_asked_for_once_more_and_then_counts_for_nobody(judge, tmp_path):
+    def reply(number, content):
+        return "no idea" if "Q0\n" in content else longer_wins(number, content)
+
+    with serving(reply) as server:
+        result = judge(server, "--yes")
+        assert len(server.seen) == 8 + 4
+        judge(server, "--yes")
+        assert len(server.seen) == 12  # nonsense is paid for once too
+    found = summary(tmp_path)
+    assert (found["wins"], found["num_unusable"], found["num_usable"]) == (3, 1, 5)
+    assert "1 pairs have no usable verdict, and count for nobody" in result.stderr
+
+
+def test_a_server_that_stays_broken_ends_it_and_keeps_what_was_answered(judge, tmp_path):
+    def reply(number, content):
+        return longer_wins(number, content) if number <= 4 else (500, "down")
+
+    with serving(reply) as server:
+        result = judge(server, "--yes", "--workers", 1, "--retries", 2)
+        assert result.exit_code == 2
+        assert "failed 3 times in a row" in result.stderr
+        assert not (tmp_path / "out.json").exists()
+        assert len(server.seen) == 4 + 3
+    with serving(longer_wins) as server:  # at another address, so nothing of the other is kept
+        judge(server, "--yes")
+        assert len(server.seen) == 10
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ((401, f'{{"error": {{"message": "bad key {KEY}"}}}}'), "refuses the key (401)"),
+        ((403, ""), "refuses the key (403)"),
+        ((404, '{"error": {"message": "no model m"}}'), "answers 404 no model m"),
+        ((302, "", {"Location": "http://127.0.0.1:9/steal"}), "answers 302"),
+        ((429, "wait", {"Retry-After": "86400"}), "asks to wait for 1440 minutes"),
+        ((400, f'{{"error": {{"message": "unknown parameter of {KEY}"}}}}'), "unknown parameter"),
+    ],
+)
+def test_what_will_not_pass_ends_it_at_once(judge, answer, says):
+    with serving(lambda number, content: answer) as server:
+        result = judge(server, "--yes", "--workers", 1)
+        assert result.exit_code == 2, result.stderr
+        assert says in result.stderr
+        assert len(server.seen) == 1 or (answer[0] == 400 and len(server.seen) < 10)
+
+
+def test_one_pair_that_is_refused_does_not_stop_the_others(judge, tmp_path):
+    def reply(number, content):
+        too_long = (400, '{"error": {"message": "too long"}}')
+        return too_long if "Q3\n" in content else longer_wins(number, content)
+
+    with serving(reply) as server:
+        assert judge(server, "--yes", "--workers", 1).exit_code == 0
+    assert summary(tmp_path)["num_unusable"] == 1
+
+
+def test_the_key_goes_nowhere_but_into_its_header(judge, tmp_path):
+    assert KEY not in repr(Endpoint("http://x/v1", "m", KEY))
+    with serving(longer_wins) as server:
+        judge(server, "--yes")
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or KEY.encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"OPENAI_BASE_URL": "ftp://x/v1"}, "is no address"),
+        ({"OPENAI_BASE_URL": "http://me:secret@x/v1"}, "is no address"),
+        ({"OPENAI_API_KEY": ""}, "OPENAI_API_KEY is not set"),
+        ({"OPENAI_API_KEY": "a\nHost: b"}, "holds characters that no key has"),
+    ],
+)
+def test_variables_that_cannot_be_used_are_refused_without_being_shown(
+    monkeypatch, variables, says
+):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=says) as caught:
+        Endpoint.from_environment("m")
+    assert "secret" not in str(caught.value)
+
+
+def test_after_kill_9_no_reply_is_paid_twice(files, tmp_path):
+    def reply(number, content):
+        time.sleep(0.15)
+        return longer_wins(number, content)
+
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "gapo_lite", "judge", *files, "--out", str(out), "--yes"]
+    command += ["--model", "m", "--workers", "1"]
+    with serving(reply) as server:
+        variables = {**os.environ, "OPENAI_BASE_URL": server.url}
+        process = subprocess.Popen(command, env=variables, stderr=subprocess.DEVNULL)
+        cache = tmp_path / "cache" / "judge"
+        while not cache.is_dir() or len(list(cache.glob("*.json"))) < 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kept = len(list(cache.glob("*.json")))
+        assert not out.exists()
+        assert kept < 10
+        time.sleep(0.3)
+        asked = len(server.seen)
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+        assert KEY not in done.stdout + done.stderr
+        # The one that was on its way when the process was killed could not be kept.
+        assert asked - kept <= 1
+        assert len(server.seen) - asked == 10 - kept
+    text = json.loads(out.read_text())
+    assert text["summary"]["wins"] == 4
+
+
+# -- files of answers --
+
+
+def test_answers_of_all_formats_are_paired_by_prompt_or_id(tmp_path):
+    run = write_jsonl(tmp_path / "run.jsonl", [{"prompt": "P", "base": "b", "tuned": "t"}])
+    alpaca = tmp_path / "alpaca.json"
+    row = {"instruction": "P", "output": "o", "generator": "g", "num_tokens": 7}
+    alpaca.write_text(json.dumps([row]))
+    tuned, base = read_answer_file(str(run)), read_answer_file(f"{run}:base")
+    theirs = read_answer_file(str(alpaca))
+    assert (theirs.name, theirs.entries[0].num_tokens) == ("g", 7)
+    for one, other, said in ((tuned, base, ("t", "b")), (tuned, theirs, ("t", "o"))):
+        ((a, b),), left = pair_answers(one, other)
+        assert (a.answer, b.answer, left) == (*said, 0)
+
+
+def test_answers_that_have_ids_alone_need_the_benchmark_s_questions(tmp_path):
+    questions = [{"question_id": 81, "category": "writing", "turns": ["One?", "Two?"]}]
+    prompts = load_prompts(str(write_jsonl(tmp_path / "question.jsonl", questions)))
+    choices = [{"index": 0, "turns": ["1", "2"]}]
+    mt = {"question_id": 81, "model_id": "m", "choices": choices}
+    path = str(write_jsonl(tmp_path / "m.jsonl", [mt]))
+    with pytest.raises(DataError, match=r"m\.jsonl:1: it answers question 81, which is not known"):
+        read_answer_file(path)
+    (entry,) = read_answer_file(path, prompts).entries
+    assert entry.questions == ("One?", "Two?")
+    assert entry.answer == "1\n\n2"
+    arena = {
+        "uid": "u",
+        "model": "m",
+        "messages": [
+            {"role": "user", "content": "One?"},
+            {"role": "assistant", "content": {"answer": "1"}},
+        ],
+        "metadata": {"token_len": 5},
+    }
+    (entry,) = read_answer_file(str(write_jsonl(tmp_path / "a.jsonl", [arena]))).entries
+    assert (entry.key, entry.answer, entry.num_tokens) == ("u", "1", 5)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"x": 1}, "it is no answer"),
+        ({"prompt": "a", "answer": 3}, "its answer is no text"),
+        ({"instruction": "a"}, "its output is no text"),
+        ({"uid": 1, "messages": [{"role": "user", "content": "x"}]}, "its messages do not end"),
+    ],
+)
+def test_rows_that_are_no_answers_are_named(tmp_path, row, says):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "answer": "x"}, row])
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: {says}"):
+        read_answer_file(str(path))
+
+
+def test_files_without_a_common_prompt_and_prompts_that_only_one_has(tmp_path):
+    paths = [
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": p, "answer": p} for p in prompts])
+        for name, prompts in (("a", "123"), ("b", "345"), ("c", "9"))
+    ]
+    a, b, c = (read_answer_file(str(path)) for path in paths)
+    assert [pair.a.answer for pair in pair_answers(a, b)[0]] == ["3"]
+    assert pair_answers(a, b)[1] == 4
+    with pytest.raises(DataError, match="no prompt in common"):
+        pair_answers(a, c)
+
+
+def test_a_prompt_that_is_there_twice_pairs_with_its_like(tmp_path):
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"prompt": "p", "answer": "1"}, {"prompt": "p", "answer": "2"}]
+    )
+    file = read_answer_file(str(path))
+    assert [(a.answer, b.answer) for a, b in pair_answers(file, file)[0]] == [
+        ("1", "1"),
+        ("2", "2"),
+    ]
+
+
+def test_the_cost_is_known_before_it_is_due(files):
+    pairs, _ = pair_answers(*map(read_answer_file, files))
+    due = cost(Endpoint("http://127.0.0.1:9/v1", "m", max_tokens=100), pairs)
+    assert (due.requests, due.kept, due.tokens_out) == (10, 0, 1000)
+    assert 1200 < due.tokens_in < 2500
+    assert due.price(1, 2) == pytest.approx((due.tokens_in + 2 * 1000) / 1e6)
+
+
+# -- a reward model --
+
+
+@pytest.fixture(scope="module")
+def reward_model(tiny_model, tmp_path_factory):
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(1)
+    config = LlamaConfig.from_pretrained(tiny_model, num_labels=1)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+def test_a_reward_model_s_higher_score_wins(judge, reward_model, tmp_path):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    result = judge(None, "--reward-model", reward_model, model=False)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    rows = json.loads((tmp_path / "out.json").read_text())["verdicts"]
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(reward_model)
+    for number, row in enumerate(rows[:5]):
+        for name, score in zip("ab", row["scores"], strict=True):
+            answer = read_jsonl(tmp_path / f"{name}.jsonl")[number]["answer"]
+            talk = [{"role": "user", "content": f"Q{number}"}]
+            talk += [{"role": "assistant", "content": answer}]
+            text = tokenizer.apply_chat_template(talk, tokenize=False)
+            inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+            with torch.no_grad():
+                assert score == pytest.approx(float(model(**inputs).logits), abs=1e-4)
+        assert row["score"] == float(row["scores"][0] > row["scores"][1])
+    assert rows[5]["how"] == "equal"
+
+
+@pytest.mark.parametrize("name", ["embedded:smollm2-135m-instruct", "no/such-model", "reward"])
+def test_what_is_no_reward_model_is_refused(judge, tiny_model, name):
+    options = ["--reward-model", tiny_model if name == "reward" else name]
+    assert judge(None, *options, model=False).exit_code == 2
+
+
+def test_one_judge_is_needed_and_no_more(judge):
+    for options in ((), ("--model", "m", "--reward-model", "r")):
+        result = judge(None, *options, model=False)
+        assert result.exit_code == 2
+        assert "say who judges" in result.stderr
+
+
+# -- a real server --
+
+
+@pytest.mark.slow
+def test_transformers_own_server_judges_with_the_embedded_model(judge, tmp_path, monkeypatch):
+    pytest.importorskip("openai", reason="`transformers serve` needs its types")
+    pytest.importorskip("uvicorn")
+    monkeypatch.setenv("GAPO_LITE_CACHE", str(MODELS))  # the unpacked model is kept
+    folder = resolve("embedded:smollm2-135m-instruct")
+    monkeypatch.setenv("GAPO_LITE_CACHE", str(tmp_path / "cache"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", folder]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        wait_for_health(process, f"http://127.0.0.1:{port}/health", tmp_path / "server.log")
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{port}/v1")
+        options = ["--model", folder, "--max-tokens", "24", "--workers", "1", "--yes"]
+        files = []
+        for name, text in (("a", "Paris."), ("b", "I do not know.")):
+            rows = [{"prompt": "What is the capital of France?", "answer": text}]
+            rows += [{"prompt": "Say hi.", "answer": "Hi"}]
+            files.append(str(write_jsonl(tmp_path / f"{name}.jsonl", rows)))
+        out = tmp_path / "out.json"
+        arguments = ["judge", *files, "--out", str(out), "--timeout", "300", *options]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, (result.stderr, result.exception)
+        asked, same = json.loads(out.read_text(encoding="utf-8"))["verdicts"]
+        assert same["how"] == "equal"
+        assert asked["how"] in ("judged", "unusable")  # a model this small may name neither
+        assert len(asked["replies"]) == 2
+        assert all(reply.strip() for reply in asked["replies"])
+        kept = [json.loads(p.read_text()) for p in (tmp_path / "cache" / "judge").iterdir()]
+        assert all(row["tokens_in"] > 100 and row["tokens_out"] <= 24 for row in kept)
+    finally:
+        process.terminate()
+        process.wait(60)
+    result = CliRunner().invoke(app, arguments)  # the server is gone: all is kept
+    assert result.exit_code == 0, result.stderr
+
+
+MODELS = Path(__file__).parents[1] / ".pytest_cache" / "gapo-lite"
+
+
+def resolve(name):
+    from gapo_lite.model import resolve_model
+
+    return resolve_model(name)
+
+
+def wait_for_health(process, url, log):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
+            return
+        time.sleep(0.5)
+    raise AssertionError(log.read_text())
