@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gapo_lite.cli_app import EXIT_STOPPED, RunsDir, app
 from gapo_lite.errors import ConfigError
-from gapo_lite.sweep_config import SweepConfig
-from gapo_lite.sweep_folder import SweepFolder, create_sweep, open_sweep
 from gapo_lite.terminal import note
+
+if TYPE_CHECKING:
+    from gapo_lite.sweep_config import SweepConfig
+    from gapo_lite.sweep_folder import SweepFolder
 
 
 @app.command()
@@ -43,6 +45,8 @@ def sweep(
     ] = False,
 ) -> None:
     """Train every combination of some settings, one after the other, and compare them."""
+    from gapo_lite.sweep_folder import create_sweep, open_sweep
+
     if resume is None:
         given = _loaded(config, settings or [])
         if dry_run:
@@ -101,6 +105,7 @@ def report(
 ) -> None:
     """Write a sweep's tables and figures, finished or not: a page and a Markdown file."""
     from gapo_lite.report import write_report
+    from gapo_lite.sweep_folder import open_sweep
 
     page, markdown = write_report(open_sweep(sweep, runs_dir).path)
     typer.echo(f"{page}\n{markdown}")
