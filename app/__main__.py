@@ -118,6 +118,7 @@ def launch(
 
     from app import theme
     from app.live import live_endpoint
+    from app.sweep_live import report_endpoint, sweep_endpoint
     from app.ui import build_app
 
     demo = build_app(services)
@@ -130,7 +131,11 @@ def launch(
             max_file_size=max_upload,
             app_kwargs={
                 "lifespan": _guarding(host, names, max_upload),
-                "routes": [Route("/live", live_endpoint(services))],
+                "routes": [
+                    Route("/live", live_endpoint(services)),
+                    Route("/sweep", sweep_endpoint(services)),
+                    Route("/report", report_endpoint(services)),
+                ],
             },
             theme=theme.theme(),
             css=theme.css(),

@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Protocol, Self, cast
 from urllib.parse import urlencode
 
 import anyio
@@ -39,6 +39,22 @@ REMIND_S = 2.0
 """What no file's date tells is looked at so often: clocks, and what is printed while preparing."""
 PARTS = ("status", "verdict", "figures", "samples", "log")
 _ACTIVE = ("preparing", *ACTIVE_STATES, "stopping")
+
+
+class Watched(Protocol):
+    """What a viewer can look at: a run, as below, or a sweep (sweep_live.py). Hashable."""
+
+    def checked(self) -> Self:
+        """Itself, if it is one; anything may come from a browser. Raises GapoError."""
+        ...
+
+    def parts(self, services: Services) -> dict[str, str]:
+        """Name → HTML, as it is now. Raises GapoError where it is gone."""
+        ...
+
+    def token(self, services: Services) -> str:
+        """Changes when anything but a clock has. Raises GapoError where it is gone."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +79,14 @@ class View:
         """
         curves.check_view(self.axis, self.smoothing)
         return self
+
+    def parts(self, services: Services) -> dict[str, str]:
+        """See `live_parts`."""
+        return live_parts(services, self)
+
+    def token(self, services: Services) -> str:
+        """See `Watched`."""
+        return _token(services, self.run)
 
 
 def live_html(services: Services, view: View) -> str:
@@ -95,14 +119,21 @@ def live_parts(services: Services, view: View) -> dict[str, str]:
 
 def live_endpoint(services: Services) -> Callable[[Request], Awaitable[Response]]:
     """The route's handler."""
+    return stream_endpoint(services, _view_of)
+
+
+def stream_endpoint(
+    services: Services, view_of: Callable[[Request], Watched]
+) -> Callable[[Request], Awaitable[Response]]:
+    """The handler of a route that streams what `view_of` a request is."""
     feed = Feed(services)
 
     async def live(request: Request) -> Response:
         if not is_logged_in(request):
             return PlainTextResponse("Log in first.\n", 401)
         try:
-            view = _view_of(request).checked()
-            await anyio.to_thread.run_sync(jobs.report, services.runs_dir, view.run)
+            view = view_of(request).checked()
+            await anyio.to_thread.run_sync(view.token, services)
         except GapoError as error:
             return PlainTextResponse(f"{error}\n", 404)
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
@@ -119,23 +150,23 @@ class Feed:
     def __init__(self, services: Services):
         self._services = services
         self._lock = threading.Lock()
-        self._known: dict[View, _Known] = {}
+        self._known: dict[Watched, _Known] = {}
 
-    def parts(self, view: View) -> dict[str, str]:
+    def parts(self, view: Watched) -> dict[str, str]:
         """The parts of a view, at most half a second old; the same object while nothing is new.
 
         Raises:
-            GapoError: there is no such run.
+            GapoError: there is no such run or sweep.
         """
         with self._lock:
             now, known = time.monotonic(), self._known.get(view)
             if known and now - known.looked < 0.9 * POLL_S:
                 return known.parts
-            token = _token(self._services, view.run)
+            token = view.token(self._services)
             if known and token == known.token and now - known.drawn < REMIND_S:
                 self._known[view] = replace(known, looked=now)
                 return known.parts
-            parts = live_parts(self._services, view)
+            parts = view.parts(self._services)
             self._known = {v: k for v, k in self._known.items() if now - k.looked < 60}
             self._known[view] = _Known(parts, token, drawn=now, looked=now)
             return parts
@@ -151,7 +182,7 @@ class _Known:
     looked: float
 
 
-async def _events(feed: Feed, view: View, request: Request) -> AsyncIterator[str]:
+async def _events(feed: Feed, view: Watched, request: Request) -> AsyncIterator[str]:
     """Parts that are new, as they come, until the viewer or the run is gone."""
     sent: dict[str, str] = {}
     while not await request.is_disconnected():

@@ -16,12 +16,13 @@ from typing import Any
 
 import yaml
 
-from app import curves, figures, forecasts, forms, history, jobs, results, talks
+from app import curves, figures, forecasts, forms, history, jobs, processes, results, talks
 from app.data_services import BASE_MODEL, DataServices, uploaded
 from app.downloads import text_file
 from app.pairs import PairSets
 from app.places import Places
 from app.run_table import run_row
+from app.sweep_services import SweepServices
 from app.talks import Settings, Talk
 from app.voices import Voices
 from app.votes import Duels, tally
@@ -40,6 +41,7 @@ class Services:
     Attributes:
         runs_dir: folder of all runs.
         data: the data side.
+        sweeps: those of several runs.
         voices: the chat model's process.
         duels: blind comparisons that wait for a vote.
         evaluations: comparisons of base and tuned.
@@ -48,6 +50,7 @@ class Services:
 
     runs_dir: Path
     data: DataServices
+    sweeps: SweepServices
     voices: Voices
     duels: Duels
     evaluations: results.Evaluations
@@ -56,10 +59,11 @@ class Services:
     @classmethod
     def over(cls, *, runs_dir: Path, data_dir: Path, models_dir: Path) -> Services:
         """The services over these folders."""
-        evaluations = results.Evaluations()
+        evaluations, places = results.Evaluations(), Places(data_dir, models_dir)
         return cls(
             runs_dir=runs_dir,
-            data=DataServices(Places(data_dir, models_dir), PairSets()),
+            data=DataServices(places, PairSets()),
+            sweeps=SweepServices(runs_dir, places),
             voices=Voices(
                 runs_dir,
                 runs_dir / ".jobs" / "chat.log",
@@ -115,17 +119,20 @@ class Services:
     def give_way(self) -> None:
         """Ends what else is on the GPU where a training, whoever started it, needs it."""
         is_used = self.voices.loaded() or self.evaluations.is_running()
-        if self.has_gpu and is_used and jobs.active(self.runs_dir):
+        if self.has_gpu and is_used and processes.active(self.runs_dir):
             self.evaluations.end()
             self.voices.unload()
 
-    def stop(self, name: str) -> None:
-        """Asks a training to save and end.
+    def stop(self, name: str) -> str:
+        """Asks a training to save and end; returns what that means, in words.
 
         Raises:
             RunError: it is not being trained, or not ours to stop.
         """
+        busy = processes.active(self.runs_dir)
         jobs.stop(self.runs_dir, name)
+        sweep = f" The sweep {busy} stops with it." if busy not in (None, name) else ""
+        return f"{name} ends after this step, and saves.{sweep}"
 
     def kill(self, name: str) -> None:
         """Ends a training at once.
@@ -372,16 +379,14 @@ def gpu_is_here() -> bool:
 
 def _why_gpu_is_taken(runs_dir: Path, evaluations: results.Evaluations) -> str:
     """A sentence while a run is being trained or compared, on the one GPU that there is."""
-    name = jobs.active(runs_dir)
+    name = processes.active(runs_dir)
     if name is None and evaluations.is_running():
         return "a run is being compared with its base on this GPU. Ask again when that has ended."
     if name is None:
         return ""
-    now = jobs.report(runs_dir, name)
     return (
-        f"the run {name} is being trained on this GPU (step {now.step} of {now.total or '?'}), and "
-        "another model beside it would take its memory. Ask again when it has ended or is "
-        "stopped."
+        f"{processes.doing(runs_dir, name, ' on this GPU')}, and another model beside it would "
+        "take its memory. Ask again when it has ended or is stopped."
     )
 
 

@@ -7,7 +7,7 @@ import gradio as gr
 from app import views
 from app.notices import CalmBlocks
 from app.services import Services
-from app.tabs import chat, data, runs, train
+from app.tabs import chat, data, runs, sweeps, train
 
 _WAIT_S = 3600  # uploads and downloads are forgotten after an hour
 
@@ -27,6 +27,8 @@ def build_app(services: Services) -> gr.Blocks:
                 trained = train.build(services, train_tab, tabs, start)
             with gr.Tab("Runs", id="runs") as runs_tab:
                 runs.build(services, runs_tab, tabs, trained)
+            with gr.Tab("Sweeps", id="sweeps") as sweeps_tab:
+                sweeps.build(services, sweeps_tab, tabs, trained)
             with gr.Tab("Chat", id="chat") as chat_tab:
                 chat.build(services, chat_tab)
         data.connect(services, demo, data_tab, data_inputs, trained)

@@ -7,7 +7,7 @@ the server has ended or nobody wants the result any more. On stdout it writes
 
     {"done": 256, "total": 3101}                     as often as there is something to say
     {"error": message, "kind": "ModelError"}         where it is a person's to mend
-    {"answer": {…}}                                  of a forecast, at its end
+    {"answer": {…}}                                  of a forecast or a margin, at its end
 
 and what it measures goes into the cache: token lengths into `lengths/` (see `lengths_path`), scores
 into the same files that training looks for (gapo_lite.ef.cache).
@@ -245,10 +245,26 @@ def make_forecast(arguments: dict[str, Any], progress: Progress) -> dict[str, An
     return found.to_json()
 
 
+def find_mean_margin(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Mean target margin of a configuration's training pairs: gapo_lite.sweep_presets.
+
+    Args:
+        arguments: config.
+        progress: not called.
+
+    Raises:
+        GapoError: data or tokenizer can't be used.
+    """
+    from gapo_lite.sweep_presets import mean_margin  # imports torch
+
+    return {"mean_margin": mean_margin(parse_config(arguments["config"]))}
+
+
 TASKS: dict[str, Callable[[dict[str, Any], Progress], dict[str, Any] | None]] = {
     "lengths": measure_lengths,
     "scores": measure_scores,
     "forecast": make_forecast,
+    "margin": find_mean_margin,
 }
 
 

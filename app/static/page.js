@@ -21,8 +21,15 @@
       const part = element.querySelector(`[data-part="${name}"]`);
       if (part) fill(part, html);
     }
-    const state = element.querySelector("[data-run-state]");
-    if (state) document.body.dataset.runState = state.dataset.runState;
+    tellState(element);
+  }
+
+  // Which buttons make sense is decided by the style sheet.
+  function tellState(element) {
+    for (const kind of ["runState", "sweepState"]) {
+      const told = element.querySelector(kind === "runState" ? "[data-run-state]" : "[data-sweep-state]");
+      if (told) document.body.dataset[kind] = told.dataset[kind];
+    }
   }
 
   // Why a stream was refused: who is no longer logged in has to log in, what is gone is left.
@@ -63,14 +70,22 @@
     streams.set(element, { url, source });
   }
 
+  // A sweep's stream is open only while its tab is in sight: a browser has six connections in all.
+  function isWatched(element) {
+    return element.isConnected && (!element.matches(".sweep") || element.checkVisibility());
+  }
+
   function look() {
     for (const [element, stream] of streams) {
-      if (!element.isConnected) {
+      if (!isWatched(element)) {
         stream.source.close();
         streams.delete(element);
       }
     }
-    document.querySelectorAll(".live[data-stream]").forEach(connect);
+    [...document.querySelectorAll(".live[data-stream]")].filter(isWatched).forEach(connect);
+    const sweeps = document.querySelectorAll(".live.sweep");
+    sweeps.forEach(tellState);
+    if (!sweeps.length) delete document.body.dataset.sweepState;
   }
 
   // A page that is loaded again (Gradio's does that by itself when its server was restarted) shows
@@ -147,7 +162,17 @@
     area.remove();
   }
 
+  // What is chosen by a click in our own HTML goes through a hidden input of Gradio's.
+  function choose(id, value) {
+    const input = document.querySelector(`#${id} textarea, #${id} input`);
+    if (!input) return;
+    input.value = value;
+    input.dispatchEvent(new Event("input", { bubbles: true }));
+  }
+
   document.addEventListener("click", (event) => {
+    const chooser = event.target.closest("[data-fills]");
+    if (chooser) choose(chooser.dataset.fills, chooser.dataset.value);
     const copies = event.target.closest("[data-copy]");
     if (copies) {
       copy(copies.parentElement.querySelector(".said").textContent).then(() => {

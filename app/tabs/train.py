@@ -28,15 +28,21 @@ SECTIONS = {
     "training": "Training: schedule, memory, evaluation, prompts",
 }
 AXES = ("step", "epoch")
+_AGAINST = (
+    "Trains both with these settings on three seeds, SimPO's constant margin being the mean of "
+    "GaPO's, and compares them in the Sweeps tab."
+)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainTab:
-    """What other tabs need of this one: its inputs, and the run that it shows."""
+    """What other tabs need of this one: its inputs, the run that it shows, and the button that
+    starts a sweep with its settings."""
 
     inputs: Inputs
     watched: gr.Dropdown
     preset: gr.Dropdown
+    against_simpo: gr.Button
 
 
 def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, header: gr.Button) -> TrainTab:
@@ -55,7 +61,7 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, header: gr.Button) -> 
             monitor = _Monitor(services)
     _wire_form(services, form, monitor, tab, tabs, header)
     _wire_monitor(services, monitor, tab)
-    return TrainTab(form.inputs, monitor.watched, form.preset)
+    return TrainTab(form.inputs, monitor.watched, form.preset, form.against_simpo)
 
 
 class _Form:
@@ -104,6 +110,8 @@ class _Form:
         )
         self.start = gr.Button("Start training", variant="primary", size="lg", render=False)
         self.fit = fit.Fit(self.start)
+        self.against_simpo = gr.Button("GaPO against SimPO")
+        gr.HTML(views.subtle(_AGAINST), js_on_load=None)
         self.problem = gr.HTML("", js_on_load=None)
         with gr.Accordion("YAML and command", open=False):
             self.yaml = gr.Code(
@@ -283,8 +291,7 @@ def _wire_monitor(services: Services, monitor: _Monitor, tab: gr.Tab) -> None:
 
     @calm
     def stop(run: str) -> None:
-        services.stop(run)
-        say(f"{run} ends after this step, and saves.")
+        say(services.stop(run))
 
     @calm
     def resume(run: str, smoothing: float, axis: Any) -> tuple[Any, ...]:

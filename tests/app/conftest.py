@@ -103,10 +103,11 @@ class Server:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(10)
             self.process.kill()
-        from app import jobs
+        from app import jobs, processes, sweep_jobs
 
-        if self.runs_dir.is_dir() and (name := jobs.active(self.runs_dir)):
-            jobs.kill(self.runs_dir, name)
+        if self.runs_dir.is_dir() and (name := processes.active(self.runs_dir)):
+            is_sweep = name in sweep_jobs.names(self.runs_dir)
+            (sweep_jobs if is_sweep else jobs).kill(self.runs_dir, name)
 
     def metrics(self, run: str) -> list[dict]:
         """What a run has logged so far."""

@@ -298,6 +298,7 @@ def check_sentence(error: Any, what: str) -> None:
 FORM = [
     *("save_yaml", "summarise", "start", "will_it_fit"),
     *("margins", "measure_bertscore", "count_tokens"),
+    *("plan_sweep", "start_sweep", "against_simpo"),
 ]
 
 
@@ -354,6 +355,7 @@ def test_a_form_full_of_the_same_forgery_is_refused_by_every_endpoint(page, unha
     ("name", "kinds"),
     [
         ("start", ("decoy", "dict", "null")),
+        ("start_sweep", ("decoy", "dict", "null")),
         ("will_it_fit", ("decoy", "dict", "null")),
         ("summarise", ("up", "file", "huge")),
         ("margins", ("decoy model", "list")),
@@ -363,15 +365,16 @@ def test_every_setting_by_itself_is_refused_or_harmless(page, unharmed, name, ki
     endpoint = page.endpoint(name)
     honest, chosen = page.honest(endpoint), forgeries(page.outside)
     labels = [page.components[number]["props"].get("label") for number in endpoint["inputs"]]
+    refusing = ("start", "start_sweep", "will_it_fit")
     for slot, label in enumerate(labels):
         for kind in kinds:
             data = list(honest)
             data[slot] = chosen[kind]
-            if name in ("start", "will_it_fit") and label != "model":
+            if name in refusing and label != "model":
                 data[labels.index("model")] = "/no/such/model"  # else some would be a training
             status, text = page.call(endpoint, data)
             check(page, status, text, f"{name} {label} {kind}", repr(chosen[kind]))
-            if name in ("start", "will_it_fit"):
+            if name in refusing:
                 assert status == 500, (label, kind)
 
 
@@ -399,6 +402,22 @@ def test_the_margin_of_data_outside_is_not_told_by_the_summary(page, unharmed):
         _, margin, *_, problem, _ = json.loads(page.call(endpoint, data)[1])["data"]
         assert "reward units" not in str(margin)
         assert "be opened as data here" in problem
+
+
+@pytest.mark.parametrize("route", ["report", "sweep"])
+def test_the_routes_of_sweeps_answer_names_of_sweeps_alone(page, unharmed, route):
+    for name, value in forgeries(page.outside).items():
+        if not isinstance(value, str) or name in ("half a character", "long"):
+            continue
+        answer = page.http.get(route, params={"sweep": value})
+        assert answer.status_code == 404, name
+        assert DECOY not in answer.text
+        assert answer.headers["content-type"].startswith("text/plain")
+    assert page.http.get(route, params={"sweep": "one"}).status_code == 404  # a run
+    assert page.http.get(route).status_code == 404
+    assert page.http.post(route, params={"sweep": "one"}).status_code == 405
+    elsewhere = {"origin": "http://elsewhere.example"}
+    assert page.http.get(route, params={"sweep": "one"}, headers=elsewhere).status_code == 403
 
 
 def by_label(page: Page, endpoint: dict, **values: Any) -> list[Any]:
