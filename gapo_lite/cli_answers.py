@@ -180,12 +180,13 @@ def judge(
     """Compare two files of answers: win rate and length, and what length explains. Resumable."""
     if (model is None) == (reward_model is None):
         raise ConfigError("say who judges: either --model NAME or --reward-model NAME.")
-    check_out(out)
     from gapo_lite.judgement import show_summary, summarize, verdict_rows
-    from gapo_lite.pairing import pair_answers, read_answer_file
+    from gapo_lite.pairing import pair_answers, read_answer_file, split_spec
     from gapo_lite.prompts import load_prompts
     from gapo_lite.win_rates import check_alpaca_eval
 
+    for source in (split_spec(a)[0], split_spec(b)[0], prompts or ""):
+        check_out(out, source)
     questions = load_prompts(prompts) if prompts else []
     first, second = (read_answer_file(spec, questions) for spec in (a, b))
     pairs, num_unpaired = pair_answers(first, second)

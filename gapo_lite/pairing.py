@@ -66,8 +66,7 @@ def read_answer_file(spec: str, prompts: Sequence[Prompt] = ()) -> AnswerFile:
     Raises:
         DataError: it cannot be read, a row of it is no answer, or its questions are not given.
     """
-    path, _, field = spec.rpartition(":") if not Path(spec).is_file() else (spec, "", "")
-    path, field = (path, field) if path else (spec, "")
+    path, field = split_spec(spec)
     by_id = {str(_id_of(prompt.row)): prompt for prompt in prompts}
     names: dict[str, None] = {}
     entries = []
@@ -86,6 +85,12 @@ def read_answer_file(spec: str, prompts: Sequence[Prompt] = ()) -> AnswerFile:
         raise DataError(f"{path} holds no answers.")
     own = next(iter(names)) if len(names) == 1 else ""
     return AnswerFile(own or Path(path).stem + (f" ({field})" if field else ""), entries)
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """FILE:FIELD → file and field, "" where there is none."""
+    path, _, field = spec.rpartition(":")
+    return (spec, "") if not path or Path(spec).is_file() else (path, field)
 
 
 def pair_answers(a: AnswerFile, b: AnswerFile) -> tuple[list[AnswerPair], int]:

@@ -505,6 +505,14 @@ def test_what_is_no_reward_model_is_refused(judge, tiny_model, name):
     assert judge(None, *options, model=False).exit_code == 2
 
 
+def test_the_files_that_are_read_are_not_overwritten(files):
+    for spec in (files[1], f"{files[1]}:answer"):
+        arguments = ["judge", files[0], spec, "--out", files[1], "--model", "m", "--yes"]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2
+        assert "would be overwritten" in result.stderr
+
+
 def test_one_judge_is_needed_and_no_more(judge):
     for options in ((), ("--model", "m", "--reward-model", "r")):
         result = judge(None, *options, model=False)
