@@ -45,14 +45,14 @@ def commit_checkpoint(folder: Path, step: int, keep: int, good: int | None = Non
     _write_synced(stage / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
     _sync(stage)
     if final.exists():  # damaged, or this step was done again after going back to an older one
-        shutil.rmtree(final)
+        _remove(final)
     stage.rename(final)
     _sync(folder)
     kept = list_checkpoints(folder)
     last_good = max((number for number, _ in kept if number <= (good or 0)), default=None)
     for number, path in kept[:-keep]:
         if number != last_good:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
     return final
 
 
@@ -107,10 +107,23 @@ def newest_valid_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path:
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Removes what cannot be used: unfinished stages, and damaged checkpoints later than `step`."""
-    later = [path for number, path in list_checkpoints(folder) if number > step]
-    for path in [*folder.glob(".stage-*"), *later]:
-        shutil.rmtree(path, ignore_errors=True)
+    """Removes what cannot be used: unfinished stages and removals, and damaged checkpoints later
+    than `step`."""
+    for number, path in list_checkpoints(folder):
+        if number > step:
+            _remove(path)
+    for pattern in (".stage-*", ".old-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Takes a folder's name away first, so that a kill leaves no torn checkpoint."""
+    old = path.with_name(f".old-{path.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def replace_folder(new: Path, final: Path) -> None:
