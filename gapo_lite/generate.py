@@ -148,7 +148,7 @@ def answer_batch(
         return []
     if isinstance(seeds, int):
         seeds = [seeds] * len(conversations)
-    drawing = [_Drawing(temperature, top_p, seeds, model.device)] if temperature else []
+    drawing = [_Drawing(temperature, top_p, seeds)] if temperature else []
     stop_ids = _stop_ids(model, tokenizer)
     inputs = _left_padded(tokenizer, [render_prompt(tokenizer, c) for c in conversations])
     training = model.training
@@ -198,14 +198,16 @@ class _Drawing(LogitsProcessor):
     the same noise, a rounding error changes it only where two sums are that close.
     """
 
-    def __init__(
-        self, temperature: float, top_p: float, seeds: Sequence[int], device: torch.device
-    ):
-        self._temperature, self._top_p = temperature, top_p
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def __init__(self, temperature: float, top_p: float, seeds: Sequence[int]):
+        self._temperature, self._top_p, self._seeds = temperature, top_p, seeds
+        self._generators: list[torch.Generator] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (B, V) → the same shape, -inf but for one token a row, which is 0."""
+        if not self._generators:  # where the scores are, which may not be where the model begins
+            self._generators = [
+                torch.Generator(scores.device).manual_seed(seed) for seed in self._seeds
+            ]
         if scores.isnan().any():
             raise ModelError(
                 "the model's logits are not numbers, so no token can be drawn: its weights are "

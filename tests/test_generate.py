@@ -141,7 +141,7 @@ def test_draws_follow_the_probabilities_within_top_p():
     logits = torch.tensor([[0.5, 0.2, 0.3]]).log()
     counts = torch.zeros(2, 3)
     for row, top_p in enumerate((1.0, 0.79)):  # 0.5 + 0.3 reach 0.79, so 0.2 is left out
-        drawing = _Drawing(1.0, top_p, [0], torch.device("cpu"))
+        drawing = _Drawing(1.0, top_p, [0])
         for _ in range(4000):
             counts[row, drawing(torch.zeros(1, 0), logits).argmax()] += 1
     expected = torch.tensor([[0.5, 0.2, 0.3], [0.625, 0, 0.375]])
