@@ -2,7 +2,8 @@
 
 A sweep starts from a grid of one's own, from a ready-made file under configs/sweeps/, or from GaPO
 against SimPO; its base is a recipe or what the Train tab's form says. Over what it starts from go
-up to ROWS settings with the values to try.
+up to ROWS settings with the values to try. The first contender is what the others are compared
+with, where the file names no other.
 """
 
 from __future__ import annotations
@@ -129,12 +130,15 @@ def sweep_of(
         given["base"] = as_base(base)
     given["grid"] = _grid(filled.rows, places)
     given |= _run_settings(filled)
-    if given.get("baseline") and given["grid"]:
-        given["baseline"] = None  # its name has the grid's values in it
+    if given["grid"]:  # whose values are part of all names
+        given["baseline"] = None
     _check_size(given)
     sweep = parse_sweep(given, source="The sweep")
-    for one in contenders(sweep):
+    found = contenders(sweep)
+    for one in found:
         _check_places(one, places)
+    if sweep.baseline is None and len(found) > 1:
+        return sweep.model_copy(update={"baseline": found[0].name})
     return sweep
 
 

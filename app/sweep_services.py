@@ -30,6 +30,7 @@ class Plan:
         runs: how many.
         seeds: of each contender.
         contenders: name and settings of each.
+        baseline: name of the one that the others are compared with, None for a single one.
         name: of the sweep, where a person gives none.
         shared: settings of all runs that the sweep's file has over its base, in words.
     """
@@ -37,6 +38,7 @@ class Plan:
     runs: int
     seeds: tuple[int, ...]
     contenders: tuple[tuple[str, str], ...]
+    baseline: str | None
     name: str
     shared: str
 
@@ -67,6 +69,7 @@ class SweepServices:
             runs=len(found) * len(sweep.seeds),
             seeds=tuple(sweep.seeds),
             contenders=found,
+            baseline=sweep.baseline,
             name=sweep_forms.default_name(filled.start),
             shared=", ".join(f"{key} = {value}" for key, value in sweep.settings.items()),
         )

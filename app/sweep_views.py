@@ -21,6 +21,7 @@ SHOWN = tuple(
 )
 """Columns of the table; the report has all."""
 _MOST_LISTED = 30
+_UNCHANGED = "the base's settings"
 _CHOSEN = ' class="chosen"'
 _SIGNED = ("chosen_change",)
 
@@ -39,7 +40,10 @@ def plan(found: Plan) -> str:
             (noun, seeds + (" …" if len(found.seeds) > 8 else "")),
         ]
     )
-    rows = [(name, settings or "the base's settings") for name, settings in found.contenders]
+    rows = [
+        (f"{name} (baseline)" if name == found.baseline else name, settings or _UNCHANGED)
+        for name, settings in found.contenders
+    ]
     more = views.subtle(f"… and {number - _MOST_LISTED} more." if number > _MOST_LISTED else "")
     shared = views.subtle(f"All runs: {found.shared}." if found.shared else "")
     return told + shared + views.table(("contender", "settings"), rows[:_MOST_LISTED]) + more
@@ -90,9 +94,10 @@ def status(
         f'<a class="quiet-button" href="{as_html(link)}" target="_blank" rel="noopener">'
         "Open the report</a>"
     )
-    state = as_html(report.state)
+    is_all_there = report.state == "finished" and report.done == report.total  # none has failed
+    state = "complete" if is_all_there else report.state
     return (
-        f'<div class="status-line" data-sweep-state="{state}">'
+        f'<div class="status-line" data-sweep-state="{as_html(state)}">'
         + "".join(f"<span>{item}</span>" for item in items)
         + f'</div><div class="meter"><i style="width:{share:.1f}%"></i></div>'
         + views.warnings([report.message] if report.message else [])
@@ -181,10 +186,10 @@ def _budget(config: SweepConfig | None) -> list[str]:
     return [f"budget {' and '.join(parts)} a start"]
 
 
-def _button(fills: str, value: str, text: str) -> str:
-    """Puts a value into a hidden input of the page (see page.js), whose handler goes on."""
+def _button(presses: str, value: str, text: str) -> str:
+    """Presses a hidden button of the page (see page.js), whose handler gets the value."""
     return (
-        f'<button type="button" class="quiet-button" data-fills="{fills}" '
+        f'<button type="button" class="quiet-button" data-presses="{presses}" '
         f'data-value="{as_html(value)}">{as_html(text)}</button>'
     )
 

@@ -162,17 +162,16 @@
     area.remove();
   }
 
-  // What is chosen by a click in our own HTML goes through a hidden input of Gradio's.
+  // What is chosen by a click in our own HTML goes through a hidden button of Gradio's, whose script
+  // hands on window.gapoChosen.
   function choose(id, value) {
-    const input = document.querySelector(`#${id} textarea, #${id} input`);
-    if (!input) return;
-    input.value = value;
-    input.dispatchEvent(new Event("input", { bubbles: true }));
+    window.gapoChosen = value;
+    (document.querySelector(`#${id} button`) ?? document.querySelector(`#${id}`))?.click();
   }
 
   document.addEventListener("click", (event) => {
-    const chooser = event.target.closest("[data-fills]");
-    if (chooser) choose(chooser.dataset.fills, chooser.dataset.value);
+    const chooser = event.target.closest("[data-presses]");
+    if (chooser) choose(chooser.dataset.presses, chooser.dataset.value);
     const copies = event.target.closest("[data-copy]");
     if (copies) {
       copy(copies.parentElement.querySelector(".said").textContent).then(() => {

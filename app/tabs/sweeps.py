@@ -15,6 +15,9 @@ from app.tabs.downloads import download_button
 from app.tabs.train import TrainTab
 from gapo_lite.errors import GapoError
 
+_CLICKED = "() => [window.gapoChosen]"
+_EMPTY: Any = ""
+"""Of a number: see settings.held."""
 _NO_SETTING = ("–", "")
 _QUIET: dict[str, Any] = {"show_progress": "hidden"}
 
@@ -76,8 +79,8 @@ class _Form:
                 )
         self.seeds = gr.Textbox(first.seeds, label="seeds", max_lines=1)
         with gr.Row():
-            self.hours = gr.Number("", label="hours at most", placeholder="no limit")
-            self.max_runs = gr.Number("", label="runs at most", placeholder="no limit")
+            self.hours = gr.Number(_EMPTY, label="hours at most", placeholder="no limit")
+            self.max_runs = gr.Number(_EMPTY, label="runs at most", placeholder="no limit")
         with gr.Row():
             self.halving = gr.Checkbox(
                 False,
@@ -110,8 +113,8 @@ class _Monitor:
                 services.sweeps.names(), label="sweep", value=None, scale=3, min_width=200
             )
             self.stop = gr.Button("Stop (saves)", elem_classes=["when-sweeping"], min_width=100)
-            self.resume = gr.Button("Resume", elem_classes=["when-swept"], min_width=100)
-            self.delete = gr.Button("Delete", elem_classes=["when-swept"], min_width=90)
+            self.resume = gr.Button("Resume", elem_classes=["when-unfinished"], min_width=100)
+            self.delete = gr.Button("Delete", elem_classes=["when-at-rest"], min_width=90)
         with gr.Group(visible=False) as self.asking:
             self.question = gr.Markdown()
             with gr.Row():
@@ -132,9 +135,10 @@ class _Monitor:
                 [self.chosen],
             )
         self.asked = gr.Textbox("", visible=False)  # what the question is about
-        # Filled by clicks in the live view: see page.js.
-        self.clicked_sweep = gr.Textbox("", elem_id="sweep-choice", visible="hidden")
-        self.clicked_run = gr.Textbox("", elem_id="sweep-run", visible="hidden")
+        # Pressed by clicks in the live view: see page.js.
+        self.clicked = gr.Textbox("", visible=False)
+        self.choose = gr.Button("", elem_id="sweep-choice", visible="hidden")
+        self.open_run = gr.Button("", elem_id="sweep-run", visible="hidden")
 
     @property
     def shown(self) -> list[Any]:
@@ -158,8 +162,8 @@ def _read(given: tuple[Any, ...]) -> tuple[Filled, dict[str, Any]]:
         base=base,
         rows=tuple((key or "", str(text or "")) for key, text in zip(keys, texts, strict=True)),
         seeds=str(seeds or ""),
-        hours=None if hours == "" else hours,  # see settings.held
-        max_runs=None if max_runs == "" else max_runs,
+        hours=None if hours == _EMPTY else hours,
+        max_runs=None if max_runs == _EMPTY else max_runs,
         halving=bool(halving),
         first_steps=first_steps,
         prompts=prompts,
@@ -185,7 +189,7 @@ def _wire_form(
         keys, texts = zip(*found.rows, strict=True)
         return [
             *(found.base, *keys, *texts, found.seeds),
-            *("" if limit is None else limit for limit in (found.hours, found.max_runs)),
+            *(_EMPTY if limit is None else limit for limit in (found.hours, found.max_runs)),
             *(found.halving, found.first_steps, found.prompts, found.max_tokens),
         ]
 
@@ -227,6 +231,10 @@ def _wire_form(
         [form.name, *monitor.shown],
         show_progress="minimal",
         api_name="start_sweep",
+    ).success(
+        None,
+        js="() => setTimeout(() => document.querySelector('.live.sweep')?.scrollIntoView("
+        "{behavior: 'smooth', block: 'center'}), 300)",
     )
     trained.against_simpo.click(
         against_simpo,
@@ -252,7 +260,7 @@ def _wire_monitor(
     @calm
     def open_run(name: str) -> tuple[Any, ...]:
         services.run(name)
-        return gr.update(selected="train"), gr.update(choices=services.run_names(), value=name), ""
+        return gr.update(selected="train"), gr.update(choices=services.run_names(), value=name)
 
     @calm
     def stop(name: str) -> None:
@@ -289,13 +297,14 @@ def _wire_monitor(
         api_name="watch_sweep",
         **_QUIET,
     )
-    monitor.clicked_sweep.input(
-        choose, monitor.clicked_sweep, monitor.shown, api_name="choose_sweep", **_QUIET
+    monitor.choose.click(
+        choose, monitor.clicked, monitor.shown, js=_CLICKED, api_name="choose_sweep", **_QUIET
     )
-    monitor.clicked_run.input(
+    monitor.open_run.click(
         open_run,
-        monitor.clicked_run,
-        [tabs, trained.watched, monitor.clicked_run],
+        monitor.clicked,
+        [tabs, trained.watched],
+        js=_CLICKED,
         api_name="open_sweep_run",
         **_QUIET,
     )

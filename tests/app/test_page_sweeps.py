@@ -73,8 +73,9 @@ def test_a_grid_is_built_watched_opened_and_reported(
     expect(page.locator(".live.sweep .name")).to_have_text("grid")  # the same tab, the same sweep
     expect(runs_in_state(page, "finished")).to_have_count(2, timeout=PATIENCE_MS)
     state = page.locator(".status-line[data-sweep-state]")
-    expect(state).to_have_attribute("data-sweep-state", "finished", timeout=PATIENCE_MS)
+    expect(state).to_have_attribute("data-sweep-state", "complete", timeout=PATIENCE_MS)
     expect(page.locator(".live.sweep .status-line")).to_contain_text("2 of 2 runs done")
+    expect(page.get_by_role("button", name="Resume").filter(visible=True)).to_have_count(0)
     assert sweep_jobs.report(server.runs_dir, "grid").state == "finished"
     expect(page.locator(".sweep-table")).to_contain_text(re.compile(r"rouge1.*1 of 1.*\d\.\d"))
     shoot(page, "sweep-finished")
@@ -110,6 +111,31 @@ def test_a_grid_is_built_watched_opened_and_reported(
     expect_notice(page, "grid was deleted.")
     expect(page.get_by_text("No sweep yet.")).to_be_visible()
     assert not list(server.runs_dir.glob("grid*"))
+
+
+@pytest.mark.timeout(2400)
+def test_gapo_against_simpo_is_one_click_and_keeps_the_gpu_to_itself_until_it_is_stopped(
+    page: Any, server: Any, tiny_settings: dict[str, Any]
+) -> None:
+    long = ("training.max_steps=100000", "training.eval_steps=50000", "training.save_steps=50000")
+    panel = load_settings(page, small_config(server, tiny_settings, *long))
+    shoot(page, "sweep-against-simpo-button")
+    panel.get_by_role("button", name="GaPO against SimPO").click()
+    expect_notice(page, "Started gapo-against-simpo.")
+    expect(page.locator(".live.sweep .name")).to_have_text("gapo-against-simpo")
+    expect(page.locator(".sweep-table .contender")).to_have_count(2)
+    expect(page.locator(".sweep-table [data-run]")).to_have_count(6)
+    expect(runs_in_state(page, "running")).to_have_count(1, timeout=PATIENCE_MS)
+    page.get_by_role("button", name="▶ Start").click()
+    expect_notice(page, re.compile("The sweep gapo-against-simpo is at work .* one training at a"))
+    page.get_by_role("button", name="Stop (saves)").filter(visible=True).click()
+    expect_notice(page, "gapo-against-simpo saves its run and ends.")
+    state = page.locator(".status-line[data-sweep-state]")
+    expect(state).to_have_attribute("data-sweep-state", "stopped", timeout=PATIENCE_MS)
+    expect(page.get_by_role("button", name="Resume").filter(visible=True)).to_be_visible()
+    expect(page.locator("[data-run='gapo-against-simpo-simpo-s42']")).to_have_attribute(
+        "data-state", "stopped"
+    )
 
 
 def test_a_ready_made_sweep_fills_the_form(page: Any) -> None:

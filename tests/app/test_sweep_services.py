@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,9 @@ def served(tmp_path):
         runs_dir=tmp_path / "runs", data_dir=tmp_path / "data", models_dir=tmp_path / "models"
     )
     yield services
-    with contextlib.suppress(RunError):
-        while name := processes.active(services.runs_dir):
-            sweep_jobs.kill(services.runs_dir, name)
-            wait_for(lambda: processes.active(services.runs_dir) != name)
+    for record in (services.runs_dir / ".jobs").glob("*.job/job.json"):
+        with contextlib.suppress(ProcessLookupError, TypeError):  # it has ended, or never began
+            os.killpg(json.loads(record.read_text())["pid"], signal.SIGKILL)
 
 
 @pytest.fixture
@@ -97,6 +97,7 @@ def test_a_grid_says_how_many_runs_it_is_and_which(served):
         "ef.metric = rouge1, margin.gamma = 0.1",
     )
     assert plan.name == "grid"
+    assert plan.baseline == "metric-rouge1-gamma-0.1"
 
 
 def test_the_base_is_the_train_tabs_form_or_a_recipe(served):
@@ -128,6 +129,7 @@ def test_the_ready_made_sweep_is_the_one_of_the_file(served):
     assert made.grid == file.grid
     assert made.halving == file.halving
     assert made.seeds == file.seeds
+    assert made.baseline == "gamma-0.1-beta-2.5-learning_rate-5e-06"
     assert made.answers.prompts == file.answers.prompts
 
 
@@ -248,6 +250,22 @@ def test_a_sweep_is_a_process_of_its_own_and_neither_a_sweep_nor_a_run_starts_be
         served.sweeps.delete(name)
     assert served.sweeps.names() == [name]
     assert served.run_names() == []
+
+
+def test_of_two_starts_at_once_one_wins_and_the_other_leaves_nothing(served, program):
+    program("exec sleep 60")
+    starts = [
+        lambda: served.sweeps.start(filled(rows=ONE_ROW), form(), "one"),
+        lambda: served.sweeps.start(filled(rows=ONE_ROW), form(), "two"),
+        lambda: served.start(form(), "three"),
+    ]
+    with ThreadPoolExecutor(3) as pool:
+        errors = [future.exception() for future in [pool.submit(start) for start in starts]]
+    lost = [str(error) for error in errors if error]
+    assert len(lost) == 2
+    assert all("one training at a time" in words for words in lost)
+    folders = [path.name for path in served.runs_dir.iterdir() if path.name != ".jobs"]
+    assert len(folders) <= 1  # a run's is made by its own process
 
 
 def test_no_sweep_starts_while_a_run_is_trained(served, program):
