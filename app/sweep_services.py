@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app import sweep_forms, sweep_jobs
+from app import curves, history, jobs, sweep_forms, sweep_jobs
 from app.downloads import text_file
 from app.forecasts import PATIENCE_S
 from app.places import Places
 from app.sweep_forms import AGAINST, TRAIN_FORM, Filled
 from app.worker import run_task
 from gapo_lite.config import RunConfig
-from gapo_lite.errors import RunError
+from gapo_lite.errors import GapoError, RunError
+from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.report import write_report
-from gapo_lite.runs import check_name
-from gapo_lite.sweep_config import SweepConfig
+from gapo_lite.runs import Run, check_name
+from gapo_lite.sweep_config import SweepConfig, contenders
 from gapo_lite.sweep_presets import mean_margin
+
+_LOOKED_AT = 60  # the newest runs, for how long such runs take
+_COSTS_NOTHING = {
+    *("seed", "learning_rate", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm"),
+    *("max_chosen_fall", "on_drift", "keep_checkpoints", "report_to"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +42,8 @@ class Plan:
         baseline: name of the one that the others are compared with, None for a single one.
         name: of the sweep, where a person gives none.
         shared: settings of all runs that the sweep's file has over its base, in words.
+        seconds: that finished runs with such settings took, times the runs; None where some of them
+            have no like, or losers are stopped early.
     """
 
     runs: int
@@ -41,6 +52,7 @@ class Plan:
     baseline: str | None
     name: str
     shared: str
+    seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +84,7 @@ class SweepServices:
             baseline=sweep.baseline,
             name=sweep_forms.default_name(filled.start),
             shared=", ".join(f"{key} = {value}" for key, value in sweep.settings.items()),
+            seconds=self._seconds(sweep),
         )
 
     def start(self, filled: Filled, train_form: Mapping[str, Any], name: Any = "") -> str:
@@ -101,6 +114,20 @@ class SweepServices:
         self, filled: Filled, train_form: Mapping[str, Any], margin: sweep_forms.MeanMargin
     ) -> SweepConfig:
         return sweep_forms.sweep_of(filled, train_form, self.places, margin)
+
+    def _seconds(self, sweep: SweepConfig) -> float | None:
+        if sweep.halving:
+            return None
+        known: dict[str, float] = {}
+        for name in jobs.names(self.runs_dir)[-_LOOKED_AT:]:
+            run = Run(self.runs_dir / name)
+            with contextlib.suppress(GapoError):
+                if run.state() == "finished" and (took := curves.summary(run).duration_s):
+                    known[_costs(history.config_of(run))] = took
+        took_each = [known.get(_costs(one.config)) for one in contenders(sweep)]
+        if any(took is None for took in took_each):
+            return None
+        return len(sweep.seeds) * sum(took for took in took_each if took)
 
     # -- a sweep --
 
@@ -179,6 +206,14 @@ class SweepServices:
 
     def _report(self, name: str) -> tuple[Path, Path]:
         return write_report(sweep_jobs.existing(self.runs_dir, name).path)
+
+
+def _costs(config: RunConfig) -> str:
+    """What decides how long a run takes, as text."""
+    training = config.training.model_dump(mode="json", exclude=_COSTS_NOTHING)
+    uses_reference = OBJECTIVES[config.objective.name].uses_reference
+    others = [one.model_dump(mode="json") for one in (config.model, config.lora, config.data)]
+    return json.dumps([training, uses_reference, *others])
 
 
 def _read(path: Path) -> str:

@@ -38,6 +38,7 @@ def plan(found: Plan) -> str:
             ("runs", f"{found.runs:,}"),
             ("contenders", f"{number:,}"),
             (noun, seeds + (" …" if len(found.seeds) > 8 else "")),
+            *([("training", f"about {views.duration(found.seconds)}")] if found.seconds else []),
         ]
     )
     rows = [

@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from sweeping import add_cell, forge_sweep, write
 
-from app import forms, jobs, processes, sweep_forms, sweep_jobs
+from app import forms, jobs, processes, sweep_forms, sweep_jobs, sweep_views
 from app.services import Services
 from app.sweep_forms import AGAINST, OWN_GRID, TRAIN_FORM, Filled, filled_from
 from app.sweep_live import SweepView, sweep_html, sweep_parts
@@ -98,6 +98,23 @@ def test_a_grid_says_how_many_runs_it_is_and_which(served):
     )
     assert plan.name == "grid"
     assert plan.baseline == "metric-rouge1-gamma-0.1"
+
+
+def test_a_plan_says_how_long_finished_runs_like_its_own_took(served):
+    assert served.sweeps.plan(filled(rows=ONE_ROW, seeds="1, 2"), form()).seconds is None
+    run = Run(served.runs_dir / "like")
+    run.path.mkdir()
+    run.write_text("config.yaml", forms.config_of(form()).to_yaml())
+    run.write("status.json", {"state": "finished", "pid": 1, "step": 2, "total": 2})
+    for step in (1, 2):
+        run.append("metrics.jsonl", {"step": step, "loss": 1.0, "elapsed_s": 30.0 * step})
+    plan = served.sweeps.plan(filled(rows=ONE_ROW, seeds="1, 2"), form(training__seed=9))
+    assert plan.seconds == 4 * 60.0
+    assert "4 min 00 s" in sweep_views.plan(plan)
+    other = form(training__batch_size=16)
+    assert served.sweeps.plan(filled(rows=ONE_ROW), other).seconds is None
+    assert served.sweeps.plan(filled(rows=[("lora.rank", "8, 16")]), form()).seconds is None
+    assert served.sweeps.plan(filled(rows=ONE_ROW, halving=True), form()).seconds is None
 
 
 def test_the_base_is_the_train_tabs_form_or_a_recipe(served):
