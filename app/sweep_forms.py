@@ -86,7 +86,7 @@ def filled_from(start: Any) -> Filled:
     """What the form holds when a start is chosen.
 
     Raises:
-        ConfigError: there is no such start.
+        ConfigError: there is no such start, or its grid has more settings than the form.
     """
     given = _ready_settings(start)
     halving, answers = given.get("halving"), given.get("answers", {})
@@ -94,6 +94,10 @@ def filled_from(start: Any) -> Filled:
     recipe = str(given.get("base", "")).rpartition("/")[2]
     base = next((label for label, file in forms.PRESETS.items() if file == recipe), TRAIN_FORM)
     rows = [(key, _as_text(values)) for key, values in given.get("grid", {}).items()]
+    if len(rows) > ROWS:
+        raise ConfigError(
+            f"{start} varies {len(rows)} settings, and this form holds {ROWS}: use gapo-lite sweep."
+        )
     return Filled(
         start=start,
         base=base,

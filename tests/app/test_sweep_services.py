@@ -12,6 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
+from starlette.testclient import TestClient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from sweeping import add_cell, forge_sweep, write
@@ -19,7 +22,7 @@ from sweeping import add_cell, forge_sweep, write
 from app import forms, jobs, processes, sweep_forms, sweep_jobs, sweep_views
 from app.services import Services
 from app.sweep_forms import AGAINST, OWN_GRID, TRAIN_FORM, Filled, filled_from
-from app.sweep_live import SweepView, sweep_html, sweep_parts
+from app.sweep_live import SweepView, report_endpoint, sweep_html, sweep_parts
 from gapo_lite.config import parse_config
 from gapo_lite.errors import ConfigError, GapoError, RunError
 from gapo_lite.runs import Run, file_lock, now
@@ -437,6 +440,26 @@ def test_a_sweep_is_no_run(served, two_runs):
     with pytest.raises(RunError, match="is a sweep"):
         served.rename("tried", "other")
     assert "tried" not in served.run_names()
+
+
+def test_the_reports_route_serves_a_page_that_may_run_nothing(served, two_runs):
+    app = Starlette(routes=[Route("/report", report_endpoint(served))])
+    app.auth = None
+    client = TestClient(app)
+    answer = client.get("/report", params={"sweep": "tried"})
+    assert answer.status_code == 200
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "script-src 'none'" in policy
+    assert "sandbox" in policy
+    assert answer.headers["cache-control"] == "no-store"
+    assert "<script" not in answer.text
+    for name in ("", "no-such", "../tried", "tried/..", str(two_runs), "tried-simpo-s1"):
+        answer = client.get("/report", params={"sweep": name})
+        assert answer.status_code == 404
+        assert answer.headers["content-type"].startswith("text/plain")
+    app.auth, app.cookie_id, app.tokens = ("ada", "secret"), "x", {}
+    assert client.get("/report", params={"sweep": "tried"}).status_code == 401
 
 
 def test_the_report_can_be_read_and_saved(served, two_runs):
