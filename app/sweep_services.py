@@ -96,7 +96,7 @@ class SweepServices:
         given = name.strip() if isinstance(name, str) else ""
         if given:
             check_name(given)
-        sweep = self._sweep(filled, train_form, _measured_margin)
+        sweep = self._sweep(filled, train_form, measured_margin)
         default = sweep_forms.default_name(filled.start)
         return sweep_jobs.start(sweep, self.runs_dir, given or None, default)
 
@@ -228,8 +228,13 @@ def _known_margin(config: RunConfig) -> float:
     return mean_margin(config) if margin.normalization != "none" else (margin.gamma or 0.0)
 
 
-def _measured_margin(config: RunConfig) -> float:
-    """Under `normalization: none` by a process of its own: tokens take torch."""
+def measured_margin(config: RunConfig) -> float:
+    """Mean margin of GaPO's training pairs. Under `normalization: none` they have to be read, which
+    a process of its own does: their tokens take torch.
+
+    Raises:
+        GapoError: the data are not usable, or it takes too long.
+    """
     if config.margin.normalization != "none":
         return mean_margin(config)
     answer: dict[str, Any] = {}

@@ -23,6 +23,7 @@ from app import forms, jobs, processes, sweep_forms, sweep_jobs, sweep_views
 from app.services import Services
 from app.sweep_forms import AGAINST, OWN_GRID, TRAIN_FORM, Filled, filled_from
 from app.sweep_live import SweepView, report_endpoint, sweep_html, sweep_parts
+from app.sweep_services import measured_margin
 from gapo_lite.config import parse_config
 from gapo_lite.errors import ConfigError, GapoError, RunError
 from gapo_lite.runs import Run, file_lock, now
@@ -163,6 +164,15 @@ def test_gapo_against_simpo_has_gapos_mean_margin(served):
     assert gapo.settings == {}
     assert made.baseline == "simpo"
     assert made.base["margin"]["normalization"] == "none"
+
+
+def test_where_no_gamma_says_it_the_mean_margin_is_read_from_the_pairs(served):
+    values = form(margin__normalization="none")
+    config = served.data.data_config(values)
+    assert measured_margin(served.data.data_config(form(margin__gamma=0.45))) == 0.45
+    found = measured_margin(config)
+    list(served.data.measure_lexical(config))
+    assert 10 * found == pytest.approx(served.data.gaps(config).mean_reward_margin, rel=1e-9)
 
 
 @pytest.mark.parametrize(
