@@ -53,6 +53,15 @@ class PairLoss:
             batch = replace(batch, reference=torch.cat((sums.chosen, sums.rejected)))
         return forward_logps(policy, batch, certainty=self.spec.uses_certainty)
 
+    def untrained_logps(self, policy: Policy, batch: PairBatch) -> PairLogps:
+        """The same as `logps` of a policy whose adapter has learned nothing: what the batch says of
+        the reference, without a forward pass."""
+        if batch.reference is None or self.spec.uses_certainty:
+            return self.logps(policy, batch)
+        chosen, rejected = batch.reference.chunk(2)
+        lengths = batch.lengths.chunk(2)
+        return PairLogps(chosen, rejected, lengths[0], lengths[1], chosen, rejected)
+
     def look_at(
         self,
         policy: Policy,

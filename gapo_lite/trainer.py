@@ -332,8 +332,15 @@ class GapoTrainer(Trainer):
             self.collate,
             batch_size=self.args.per_device_eval_batch_size,
             device=self.args.device,
-            forward=self.pair_loss.logps,
+            forward=self.pair_loss.untrained_logps
+            if self._is_untrained()
+            else self.pair_loss.logps,
         )
+
+    def _is_untrained(self) -> bool:
+        """Whether the adapter is as it was made: it adds zeros."""
+        updates = [p for name, p in self.policy.named_parameters() if "lora_B" in name]
+        return bool(updates) and not any(p.detach().any() for p in updates)
 
     # -- checkpoints --
 

@@ -202,10 +202,14 @@ def _trainer(
     pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad_id = next(i for i in pad_ids if i is not None)
     collate = pack if layout == "packed" else partial(pad, pad_id=pad_id)
-    train_pairs, heldout = (
-        _with_reference(config, policy, pairs, collate, device, callback.show_progress)
-        for pairs in (prepared.train.tokenized.pairs, heldout)
-    )
+    train_pairs = prepared.train.tokenized.pairs
+    # Of held-out pairs every run wants to know what its base model says.
+    if config.objective.reference != "on_the_fly":
+        heldout = _with_reference(config, policy, heldout, collate, device, callback.show_progress)
+    if config.objective.reference == "cached":
+        train_pairs = _with_reference(
+            config, policy, train_pairs, collate, device, callback.show_progress
+        )
     return GapoTrainer(
         policy,
         training_arguments(config.training, run, device, heldout=bool(heldout), resuming=resuming),
@@ -230,9 +234,8 @@ def _with_reference(
     device: torch.device,
     show_progress: bool,
 ) -> list[TokenizedPair]:
-    """The pairs with what the base model says of them, where the objective compares with it and it
-    is not to be computed in every step."""
-    if config.objective.reference != "cached" or not pairs:
+    """The pairs with what the base model says of them."""
+    if not pairs:
         return pairs
     # Sharded, all compute it together; else the others find it in the cache.
     first = contextlib.nullcontext if config.training.fsdp else PartialState().main_process_first

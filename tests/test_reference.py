@@ -120,7 +120,8 @@ def test_an_epoch_with_the_reference_in_the_cache_costs_as_many_forward_passes_a
         counts[name] = len(passes)
         passes.clear()
     assert counts["dpo"] == counts["simpo"]
-    assert counts["on_the_fly"] == 2 * counts["simpo"]
+    first_evaluation = 2  # batches, which the others read from the cache
+    assert counts["on_the_fly"] == 2 * (counts["simpo"] + first_evaluation)
 
 
 def test_the_reference_on_the_fly_gives_the_same_training(tiny_settings, tmp_path):
@@ -400,3 +401,47 @@ def test_a_pair_without_ratings_has_the_average_margin_and_is_counted(
 def test_ratings_that_give_no_margin_are_refused(tiny_settings, tiny_model, tmp_path, rows, says):
     with pytest.raises(DataError, match=says):
         margins_of(tiny_settings, tiny_model, rated(tmp_path, rows))
+
+
+@pytest.mark.parametrize("name", ["gapo", "simpo", "dpo", "kto", "wpo"])
+def test_the_evaluation_before_any_step_is_that_of_a_forward_pass(
+    tiny_settings, tmp_path, monkeypatch, name
+):
+    """It is read from the cached reference; without that it is computed."""
+    settings = settings_with(tiny_settings, objective={"name": name}, training={"max_steps": 1})
+    first = run_of(settings, tmp_path)
+    monkeypatch.setattr(PairLoss, "untrained_logps", PairLoss.logps)
+    second = run_of(settings, tmp_path)
+    read, computed = (numbers(run) for run in (first, second))
+    assert [row["step"] for row in read] == [row["step"] for row in computed]
+    assert read[0]["step"] == 0
+    for mine, other in zip(read, computed, strict=True):
+        assert mine == pytest.approx(other, abs=1e-5)
+
+
+def test_runs_of_the_same_pairs_look_at_their_base_once(tiny_settings, tmp_path, monkeypatch):
+    counted = []
+    inner = reference_module.forward_pairs
+
+    def counting(policy, pairs, *others):
+        counted.append(len(pairs))
+        return inner(policy, pairs, *others)
+
+    monkeypatch.setattr(reference_module, "forward_pairs", counting)
+    monkeypatch.setenv("GAPO_LITE_CACHE", str(tmp_path / "cache"))
+    for seed in (1, 2):
+        run_of(settings_with(tiny_settings, training={"max_steps": 1, "seed": seed}), tmp_path)
+    assert counted == [6]
+
+
+def test_a_trainer_with_a_trained_adapter_is_evaluated_as_it_is(tiny_settings, tmp_path):
+    """Even before its first step, and where pairs bring a reference along."""
+    from gapo_lite.trainer import GapoTrainer
+
+    fresh = object.__new__(GapoTrainer)
+    config = parse_config(tiny_settings)
+    base = load_base(config.model.name, quantization="none", dtype=torch.float32, device="cpu")
+    fresh.policy = add_adapter(base, **config.lora.model_dump(), seed=1)
+    assert fresh._is_untrained()
+    randomize_adapter(fresh.policy, 0.1)
+    assert not fresh._is_untrained()
