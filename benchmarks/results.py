@@ -201,8 +201,54 @@ def report_of(record: dict[str, Any]) -> str:
 
 
 def documents() -> dict[str, str]:
-    """File name in docs/ → text."""
-    return {}
+    """File name in docs/ → text, of what is kept."""
+    found = {}
+    for sweep, text in (("results", _RESULTS), ("tuning", _TUNING)):
+        path = KEPT / f"sweep_{sweep}.json"
+        if path.exists():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            found[f"{sweep}.md"] = text.format(
+                report=report_of(record),
+                hardware=common.describe(record["machine"]),
+                minutes=round(record["seconds"] / 60),
+                kills=_killed(record["kills"]),
+            )
+    return found
+
+
+def _killed(kills: list[dict[str, Any]]) -> str:
+    told = [f"in the run {kill['cell']} with {kill['done']} runs done" for kill in kills]
+    return f"killed {len(told)} times on the way ({'; '.join(told)})" if told else "not killed"
+
+
+_NOTE = """<!-- Written by `python benchmarks/results.py --docs` from benchmarks/results/. -->
+"""
+
+_RESULTS = f"""# Results
+
+{_NOTE}
+SimPO, DPO, and GaPO with all evaluation factors, mappings and normalisations of the paper's Tables
+3 and 4, by `python benchmarks/results.py` on real pairs (AlpacaEval's judged outputs, the short
+ones; only numbers of them are kept). {{hardware}}; {{minutes}} minutes in all, {{kills}}.
+
+A model of 135 million parameters, a dozen steps and some dozens of held-out pairs can show what the
+code does and whether an effect is large. They cannot show what the paper claims, an 8B model's win
+rate on AlpacaEval 2: where an interval includes 0 here, that is no evidence against it, and where
+one does not, none for it.
+
+{{report}}
+"""
+
+_TUNING = f"""# Tuning: EF, γ, β and the learning rate for QLoRA
+
+{_NOTE}
+One setting of GaPO with ROUGE-L changed at a time, by
+`python benchmarks/results.py --sweep tuning`,
+on the pairs and with the settings of [results.md](results.md), whose contender rougeL is the middle
+(γ 0.3, β 10, learning rate 1e-3). {{hardware}}; {{minutes}} minutes in all, {{kills}}.
+
+{{report}}
+"""
 
 
 if __name__ == "__main__":

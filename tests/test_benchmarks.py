@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sweeping import add_cell, forge_sweep, keep_hits
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from gapo_lite.batching import pack
 from gapo_lite.model import add_adapter, forward_logps, load_base, set_recomputation
 from gapo_lite.objectives import OBJECTIVES
+from gapo_lite.report import write_report
 from gapo_lite.types import TokenizedPair
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -346,3 +348,22 @@ def test_the_table_of_objectives_is_measured(tiny_model, tmp_path):
         assert record["seconds_a_pair"] > 0
         assert record["memory_gib"] > 0.1
     assert len(result["dpo_against_simpo"]["ratios"]) == 1
+
+
+def test_a_sweep_s_kept_numbers_make_the_same_report_without_local_paths(tmp_path, monkeypatch):
+    results, folder = imported("results"), forge_sweep(tmp_path / "runs", settings={})
+    for seed in (1, 2, 3):
+        for contender in ("simpo", "gapo"):
+            add_cell(folder, contender, seed)
+            keep_hits(folder, contender, seed, [True, False, seed > 1])
+    kept = results.kept(folder, tmp_path / "kills.jsonl")
+    assert str(tmp_path) not in json.dumps(kept)
+    report = write_report(folder)[1].read_text(encoding="utf-8")
+    assert results.report_of(kept) in report
+    assert "gapo" in results.report_of(kept)
+    monkeypatch.setattr(results, "KEPT", tmp_path)
+    (tmp_path / "sweep_results.json").write_text(json.dumps(kept), encoding="utf-8")
+    pages = results.documents()
+    assert list(pages) == ["results.md"]
+    assert results.report_of(kept) in pages["results.md"]
+    assert "not killed" in pages["results.md"]
