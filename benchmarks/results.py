@@ -1,8 +1,8 @@
 """docs/results.md and docs/tuning.md: SimPO, DPO and GaPO with every EF, mapping and
 normalisation, and GaPO with other γ, β and learning rates, on real pairs.
 
-    python benchmarks/results.py                          # the first sweep: about an hour
-    python benchmarks/results.py --sweep tuning           # the second: about 20 minutes
+    python benchmarks/results.py                          # the first sweep: one to two hours
+    python benchmarks/results.py --sweep tuning           # the second: half an hour
     python benchmarks/results.py --docs                   # both pages, from benchmarks/results/
 
 The sweeps configs/sweeps/{results,tuning}.yaml run on the pairs of `--pairs FILE --heldout FILE`
