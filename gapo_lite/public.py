@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from gapo_lite.config import RunConfig
+from gapo_lite.data.files import READERS
 
 PUBLIC_NAMES = {"embedded:smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Where the embedded models come from."""
@@ -91,6 +92,7 @@ def is_local(name: str) -> bool:
         or "\\" in name
         or name.startswith(("~", "."))
         or name.count("/") > 1
+        or Path(name.lower().removesuffix(".gz")).suffix in READERS  # it may lie elsewhere by now
         or Path(name).exists()
     )
 

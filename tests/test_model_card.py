@@ -235,6 +235,8 @@ def test_a_configuration_of_public_things_is_shipped_as_it_is():
         ("\\\\server\\pairs", True),
         ("./pairs", True),
         ("tests/test_cli.py", True),
+        ("alice/pairs.jsonl", True),  # of the folder that the run was started in
+        ("alice/Pairs.JSON.gz", True),
     ],
 )
 def test_a_path_is_told_from_a_name(name, local, monkeypatch, request):
