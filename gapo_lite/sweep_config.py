@@ -21,10 +21,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 
 from gapo_lite.config import (
     RunConfig,
@@ -42,11 +42,34 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 MOST_CELLS = 5000
 
 
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Refuses what would not reach a run as it was written: a whole section, whose other settings
+    would be lost, and what is neither number, text nor a list of them, such as YAML's dates."""
+    for key, value in settings.items():
+        if key in RunConfig.model_fields and value != {}:
+            raise ValueError(
+                f"has {key}, which is a section: write its settings as {key}.NAME, or {{}} to "
+                "leave out all that the base says of it"
+            )
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError(
+                f"has a value for {key} that is neither a finite number nor text nor a list of "
+                'them; put text that YAML takes for something else in quotes ("2026-01-31")'
+            ) from None
+    return settings
+
+
+_Settings = Annotated[dict[str, Any], AfterValidator(_plain)]
+_Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as training.seed
+
+
 class Variant(Section):
     """A named set of settings."""
 
     name: str = Field(description="Letters, digits, '.', '_' and '-': part of its runs' names.")
-    settings: dict[str, Any] = Field(
+    settings: _Settings = Field(
         default_factory=dict, description="Dotted keys and values, over the base's."
     )
 
@@ -88,14 +111,14 @@ class SweepConfig(Section):
     base: str | dict[str, Any] = Field(
         description="A configuration file, from the sweep file's folder; or its settings."
     )
-    settings: dict[str, Any] = Field(
+    settings: _Settings = Field(
         default_factory=dict, description="Dotted keys and values for all runs."
     )
     variants: list[Variant] = Field(default_factory=list, description="Named sets of settings.")
-    grid: dict[str, list[Any]] = Field(
+    grid: Annotated[dict[str, list[Any]], AfterValidator(_plain)] = Field(
         default_factory=dict, description="Dotted key → values; every combination is tried."
     )
-    seeds: list[int] = Field(
+    seeds: list[_Seed] = Field(
         [42, 43, 44], min_length=1, description="training.seed of each contender's runs."
     )
     baseline: str | None = Field(
@@ -185,7 +208,9 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
         if override.partition("=")[0].strip().split(".")[0] in SweepConfig.model_fields:
             apply_override(given, override)
         else:
-            given["settings"] = {**(given.get("settings") or {}), **_dotted(override)}
+            known = given.get("settings") or {}
+            if isinstance(known, dict):  # else the check of the whole says so
+                given["settings"] = {**known, **_dotted(override)}
     if isinstance(given.get("base"), str):
         given["base"] = read_yaml(path.parent / given["base"])
     return parse_sweep(given, source=str(path))
@@ -251,10 +276,17 @@ def resolve(sweep: SweepConfig, settings: dict[str, Any], seed: int) -> RunConfi
     Raises:
         ConfigError: they are not usable.
     """
-    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    # As YAML, which is what they are read as: JSON's emoji are not YAML's.
+    overrides = [f"{key}={_as_yaml(value)}" for key, value in settings.items()]
     if not isinstance(sweep.base, dict):
         raise ConfigError(f"the base {sweep.base!r} was not read.")
-    return parse_config(sweep.base, [*overrides, f"training.seed={seed}"])
+    config = parse_config(sweep.base, [*overrides, f"training.seed={seed}"])
+    if not (config.data.heldout_fraction or config.data.heldout_source):
+        raise ConfigError(
+            "it holds no pairs out, so a sweep would have nothing to compare. Set "
+            "data.heldout_fraction or data.heldout_source."
+        )
+    return config
 
 
 def cells_of(sweep: SweepConfig, name: str) -> list[Cell]:
@@ -276,6 +308,10 @@ def run_name(sweep: str, contender: str, seed: int) -> str:
 def to_yaml(sweep: SweepConfig) -> str:
     """The sweep with its base written out, as `load_sweep` reads it."""
     return yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _as_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n")
 
 
 def _seeded(config: RunConfig, seed: int) -> RunConfig:

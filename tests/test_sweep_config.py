@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,43 @@ def test_a_missing_base_is_told_with_its_place(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({"base": "nowhere.yaml"}), encoding="utf-8")
     with pytest.raises(ConfigError, match="there is no configuration file .*nowhere.yaml"):
         load_sweep(path)
+
+
+def test_a_sweep_that_holds_nothing_out_is_refused_before_anything_is_trained() -> None:
+    says = refusal(settings={"data.heldout_fraction": 0})
+    assert "contender base: it holds no pairs out" in says
+    assert "data.heldout_fraction" in says
+    assert names(settings={"data.heldout_fraction": 0, "data.heldout_source": "x.jsonl"})
+
+
+def test_every_seed_is_checked_not_only_the_first() -> None:
+    assert "seeds.1" in refusal(seeds=[1, -5])
+    assert "seeds.1" in refusal(seeds=[1, 2**32])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [date(2026, 1, 31), b"x", {1, 2}, float("nan"), 10**5000],
+    ids=lambda v: type(v).__name__,
+)
+def test_values_that_are_no_settings_are_told_with_their_key(value: object) -> None:
+    assert "data.source" in refusal(grid={"data.source": [value]})
+    assert "data.source" in refusal(settings={"data.source": value})
+    assert "data.source" in refusal(variants=[{"name": "a", "settings": {"data.source": value}}])
+
+
+def test_a_whole_section_is_refused_as_the_base_s_other_settings_would_be_lost() -> None:
+    says = refusal(settings={"training": {"max_steps": 4}})
+    assert "training.NAME" in says
+
+
+@pytest.mark.parametrize("source", ["pairs 😀.jsonl", "yes", "1e5", "~", "# x", "a: b", "a\u2028b"])
+def test_text_reaches_the_runs_as_it_was_written(source: str) -> None:
+    (one,) = contenders(parse_sweep({"base": BASE, "settings": {"data.source": source}}))
+    assert one.config.data.source == source
+
+
+def test_overrides_of_settings_that_are_no_settings_are_told(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("base: {}\nsettings: 5\n")
+    with pytest.raises(ConfigError, match="settings"):
+        load_sweep(tmp_path / "s.yaml", ["training.max_steps=3"])
