@@ -16,6 +16,7 @@ import os
 import sys
 import warnings
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -293,6 +294,11 @@ def agree(
     if missing := [name for name in columns if name not in loaded.columns]:
         raise DataError(
             f"{file} has no column {missing[0]!r}. Its columns: {', '.join(loaded.columns)}."
+        )
+    judged = (pair.rating_gap for pair in loaded.pairs)
+    if columns and not any(gap is not None and isfinite(gap) for gap in judged):
+        raise DataError(
+            f"{file} holds no judgement in {' and '.join(columns)}: no number is there."
         )
     if loaded.problems:
         logger.warning("%s", describe_problems(loaded))

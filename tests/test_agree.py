@@ -269,6 +269,16 @@ def test_the_command_reads_the_judgement_from_any_columns(tmp_path, judged):
         assert name in result.stdout
 
 
+@pytest.mark.parametrize("said", ["yes", float("inf"), None])
+def test_a_column_without_numbers_is_not_taken_for_the_usual_one(tmp_path, said):
+    rows = [
+        {"prompt": f"{n}", "chosen": "a b", "rejected": "b", "strength": n / 9} for n in range(9)
+    ]
+    path = write_jsonl(tmp_path / "pairs.jsonl", [row | {"s": said} for row in rows])
+    result = call("agree", path, "--strength", "s")
+    assert_refused(result, "holds no judgement in s")
+
+
 def test_the_command_says_which_columns_there_are(tmp_path):
     file = write_jsonl(tmp_path / "pairs.jsonl", rows_of(made_pairs(3, 3)))
     assert_refused(call("agree", file, "--strength", "shure"), "no column 'shure'", "sure, good")
