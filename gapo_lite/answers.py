@@ -117,7 +117,8 @@ def _answers(prompts: Sequence[Prompt], sides: Sides, model: str) -> str:
     rows = []
     for number, prompt in enumerate(prompts):
         said = {side: answers[number] for side, answers in sides.items()}
-        row = {"prompt": prompt.row.get("prompt", prompt.text)}
+        alone = len(prompt.messages) == 1
+        row: dict[str, Any] = {"prompt": prompt.text if alone else prompt.messages}
         row |= {side: answered.turns[0].text for side, answered in said.items()}
         problem = next((answered.problem for answered in said.values() if answered.problem), "")
         rows.append(row | ({"problem": problem} if problem else {}))
@@ -128,12 +129,19 @@ def _alpaca_eval(prompts: Sequence[Prompt], sides: Sides, model: str) -> str:
     (answers,) = sides.values()
     rows = []
     for prompt, answered in zip(prompts, answers, strict=True):
-        row = {"instruction": prompt.row.get("instruction", prompt.text)}
-        row |= {"input": prompt.row["input"]} if prompt.row.get("input") else {}
+        row = _instruction(prompt)
         row |= {"output": answered.turns[0].text, "generator": model}
         row |= {"dataset": prompt.row["dataset"]} if prompt.row.get("dataset") else {}
         rows.append(row | {"num_tokens": answered.turns[0].num_tokens})
     return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+
+
+def _instruction(prompt: Prompt) -> dict[str, Any]:
+    """As the prompt's own row has it, if that is where it was read from."""
+    named, more = prompt.row.get("instruction"), prompt.row.get("input")
+    if more and prompt.text == f"{named}\n\n{more}":
+        return {"instruction": named, "input": more}
+    return {"instruction": prompt.text}
 
 
 def _mt_bench(prompts: Sequence[Prompt], sides: Sides, model: str) -> str:

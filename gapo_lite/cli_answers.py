@@ -96,7 +96,9 @@ def generate(
         _check_some(answers)
         with whole_file(out) as part:
             name = model_id or _model_name(voice, kind, base, out)
-            part.write_text(FORMATS[kind](questions, answers, name), encoding="utf-8")
+            text = FORMATS[kind](questions, answers, name)
+            # a row's id or data set may hold half of a character, for which this is JSON
+            part.write_text(text, encoding="utf-8", errors="backslashreplace")
     typer.echo(f"{len(questions)} prompts answered, written to {out}")
 
 
@@ -168,7 +170,9 @@ def judge(
         float | None, typer.Option(min=0, help="Price of a million tokens that are written.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Requests at once.")] = 4,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=86400, help="Seconds for one request.")
+    ] = 60.0,
     retries: Annotated[int, typer.Option(min=0, help="How often a failed one is sent again.")] = 6,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 512,
     length_control: Annotated[
@@ -217,7 +221,7 @@ def judge(
     rows = verdict_rows(pairs, verdicts)
     with whole_file(out) as part:
         text = json.dumps({"summary": summary, "verdicts": rows}, indent=1, ensure_ascii=False)
-        part.write_text(text + "\n", encoding="utf-8")
+        part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # is JSON's too
     show_summary(summary)
     typer.echo(f"written to {out}")
 

@@ -74,7 +74,12 @@ def open_journal(out: Path) -> Iterator[Journal]:
         with _telling_disk_errors(path), path.open("a"):
             pass
         with file_lock(path):
-            yield Journal(path)
+            try:
+                yield Journal(path)
+            except BaseException:
+                if path.is_file() and not path.stat().st_size:
+                    path.unlink()  # nothing was done, so nothing need be kept
+                raise
             path.unlink(missing_ok=True)
     except BlockingIOError:
         raise RunError(

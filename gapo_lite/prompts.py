@@ -55,7 +55,12 @@ class Prompt:
 
 
 def text_prompt(text: str) -> Prompt:
-    """A prompt that is a text alone."""
+    """A prompt that is a text alone.
+
+    Raises:
+        DataError: it is empty, or holds half of a character.
+    """
+    _checked("--prompt", text)
     return Prompt([{"role": "user", "content": text}], [], {"prompt": text})
 
 
@@ -132,14 +137,14 @@ def _lines(path: Path) -> Iterator[str]:
         ) from None
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _checked(str(path), number, line.strip())
+            yield _checked(f"{path}:{number}", line.strip())
 
 
-def _checked(source: str, number: int, text: str) -> str:
+def _checked(place: str, text: str) -> str:
     try:
         check_text(text, "", "the prompt")
     except BadRowError as error:
-        raise DataError(f"{source}:{number}: {error.reason}.") from None
+        raise DataError(f"{place}: {error.reason}.") from None
     return text
 
 

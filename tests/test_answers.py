@@ -25,6 +25,7 @@ from gapo_lite.errors import DataError
 from gapo_lite.generate import answer
 from gapo_lite.journal import Journal, open_journal
 from gapo_lite.model import load_base, load_tokenizer
+from gapo_lite.pairing import read_answer_file
 from gapo_lite.prompts import load_prompts
 
 EVAL_SET = [
@@ -244,6 +245,37 @@ def test_a_prompt_may_be_a_conversation_or_several_turns(tmp_path):
     assert (second.text, second.followups) == ("One?", ["Two?"])
     with pytest.raises(DataError, match="several turns"):
         check_prompts("alpaca_eval", [second])
+
+
+def test_the_file_says_what_was_asked_whatever_column_it_stood_in(tiny_model, tmp_path):
+    rows = [
+        {"prompt": None, "instruction": "One?"},
+        {"prompt": ["Two?"], "instruction": "Not this"},
+        {"turns": ["Three?"], "prompt": "Not this", "dataset": "half \ud83d"},
+        {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "4?"}]},
+    ]
+    path, out = write_jsonl(tmp_path / "p.jsonl", rows), tmp_path / "out.json"
+    ok(generate(tiny_model, "--prompts", path, "--out", out))
+    asked = [row["prompt"] for row in read_jsonl(out)]
+    assert asked == ["One?", "Two?", "Three?", rows[3]["prompt"]]
+    assert [e.questions for e in read_answer_file(str(out.rename(tmp_path / "o.jsonl"))).entries]
+    ok(generate(tiny_model, "--prompts", path, "--format", "alpaca_eval", "--out", out))
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["instruction"] for row in found] == ["One?", "Two?", "Three?", "4?"]
+    assert found[2]["dataset"] == "half \ud83d"
+
+
+@pytest.mark.parametrize("text", ["", " ", "half \udc80"])
+def test_a_prompt_on_the_command_line_is_one_that_can_be_asked(tiny_model, tmp_path, text):
+    result = generate(tiny_model, "--prompt", text, "--out", tmp_path / "out.jsonl")
+    assert result.exit_code == 2
+    assert "--prompt: the prompt" in result.stderr
+
+
+def test_a_command_that_did_nothing_leaves_no_journal(tmp_path):
+    result = generate("no-such-run", "--prompt", "Hi", "--out", tmp_path / "out.jsonl")
+    assert result.exit_code == 2
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
