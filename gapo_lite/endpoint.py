@@ -104,11 +104,11 @@ class Endpoint:
         """
         url = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/") or OPENAI
         key = os.environ.get("OPENAI_API_KEY", "").strip()
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        if not _is_address(url):
             raise ConfigError(
                 "OPENAI_BASE_URL is no address such as https://api.openai.com/v1 or "
-                "http://127.0.0.1:8000/v1 (http or https, without user and password)."
+                "http://127.0.0.1:8000/v1 (http or https, in ASCII, without user, password and "
+                "query)."
             )
         if not re.fullmatch(r"[!-~]*", key):
             raise ConfigError("OPENAI_API_KEY holds characters that no key has. Set it again.")
@@ -175,7 +175,7 @@ class Endpoint:
             except _BusyError as error:
                 last = error
             if number < self.retries:
-                wait = last.wait if last.wait is not None else _backoff(number)
+                wait = last.wait or _backoff(number)  # 0, or a date that is past here, is no wait
                 logger.info("%s; asked again in %.0f s", last, wait)
                 self.stopped.wait(wait)
         raise RunError(
@@ -254,6 +254,17 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 _OPENER = urllib.request.build_opener(_NoRedirects)
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        is_port = parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+    plain = re.fullmatch(r"[!-~]+", url) and not re.search(r"[@?#\\]", url)
+    return bool(plain and host and is_port and parts.scheme in ("http", "https"))
+
+
 def _backoff(number: int) -> float:
     """1, 2, 4 … at most 60 seconds, a little varied so that threads don't come all at once."""
     return min(60.0, 2.0**number) * (0.75 + random.random() / 2)
@@ -265,7 +276,7 @@ def _retry_after(value: str | None) -> float | None:
         return None
     with suppress(ValueError):
         return max(0.0, float(value))
-    with suppress(ValueError, TypeError):
+    with suppress(ValueError, TypeError, OverflowError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return None
 

@@ -187,8 +187,8 @@ def _read_messages(row: Row) -> Entry:
 
 
 def _message(turn: Any) -> Message:
-    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-        raise _UnreadableError("one of its messages has no role.")
+    if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
+        raise _UnreadableError("one of its messages is of no system, user or assistant.")
     content = turn.get("content")
     content = content.get("answer") if isinstance(content, dict) else content
     return {"role": turn["role"], "content": _text(content, "messages")}
@@ -205,6 +205,8 @@ def _entry(key: str, questions: Sequence[str], answers: Sequence[str], count: An
 def _text(value: Any, field: str) -> str:
     if not isinstance(value, str):
         raise _UnreadableError(f"its {field} is no text.")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise _UnreadableError(f"its {field} holds half of a \\u pair, which is no character.")
     return value
 
 

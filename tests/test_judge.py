@@ -329,6 +329,13 @@ def test_the_key_goes_nowhere_but_into_its_header(judge, tmp_path):
     [
         ({"OPENAI_BASE_URL": "ftp://x/v1"}, "is no address"),
         ({"OPENAI_BASE_URL": "http://me:secret@x/v1"}, "is no address"),
+        ({"OPENAI_BASE_URL": "http://:secret@x/v1"}, "is no address"),
+        ({"OPENAI_BASE_URL": "http://x/v1?key=secret"}, "is no address"),
+        ({"OPENAI_BASE_URL": "http://[::1/v1"}, "is no address"),
+        ({"OPENAI_BASE_URL": "http://x:port/v1"}, "is no address"),
+        ({"OPENAI_BASE_URL": "http://x/a b"}, "is no address"),
+        ({"OPENAI_BASE_URL": "http://x/é"}, "is no address"),
+        ({"OPENAI_BASE_URL": f"http://{'x' * 70}.example/v1"}, "is no address"),
         ({"OPENAI_API_KEY": ""}, "OPENAI_API_KEY is not set"),
         ({"OPENAI_API_KEY": "a\nHost: b"}, "holds characters that no key has"),
     ],
@@ -342,6 +349,37 @@ def test_variables_that_cannot_be_used_are_refused_without_being_shown(
     with pytest.raises(ConfigError, match=says) as caught:
         Endpoint.from_environment("m")
     assert "secret" not in str(caught.value)
+
+
+def test_half_a_character_in_a_reply_does_not_lose_what_was_paid_for(judge, tmp_path):
+    with serving(lambda number, content: "\ud83d " + longer_wins(number, content)) as server:
+        result = judge(server, "--yes")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    rows = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["verdicts"]
+    assert rows[0]["replies"][0].startswith("\ud83d ")
+
+
+@pytest.mark.parametrize(
+    ("value", "wait"),
+    [
+        ("2", 2.0),
+        ("0", 0.0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
+        ("soon", None),
+        ("Mon, 01 Jan 2001 00:00:00 +9999999999999999999", None),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(value, wait):
+    assert endpoint_module._retry_after(value) == wait
+
+
+def test_a_date_that_is_past_here_is_not_asked_again_at_once(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(endpoint_module, "_backoff", lambda n: waited.append(n) or 0.01)
+    past = {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}
+    with serving(lambda number, content: (429, "", past) if number < 3 else "[[1]]") as server:
+        Endpoint(server.url, "m", kept_in=tmp_path).ask([{"role": "user", "content": "Q"}])
+    assert waited == [0, 1]
 
 
 def test_after_kill_9_no_reply_is_paid_twice(files, tmp_path):
@@ -422,6 +460,11 @@ def test_answers_that_have_ids_alone_need_the_benchmark_s_questions(tmp_path):
         ({"prompt": "a", "answer": 3}, "its answer is no text"),
         ({"instruction": "a"}, "its output is no text"),
         ({"uid": 1, "messages": [{"role": "user", "content": "x"}]}, "its messages do not end"),
+        (
+            {"prompt": [{"role": "tool", "content": "x"}], "answer": "a"},
+            "one of its messages is of",
+        ),
+        ({"prompt": "a", "answer": "half \ud83d"}, "its answer holds half of"),
     ],
 )
 def test_rows_that_are_no_answers_are_named(tmp_path, row, says):
