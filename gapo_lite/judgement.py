@@ -16,6 +16,7 @@ from gapo_lite.pairing import AnswerPair, Entry
 from gapo_lite.terminal import note, show_table
 from gapo_lite.win_rates import alpaca_eval_win_rate, length_controlled, win_rate
 
+_FEWEST_PAIRS = 10  # drawing from fewer says little of how other prompts would have come out
 LENGTH_CONTROL = {
     "logistic": "logistic regression of the verdict on tanh of the standardised difference of "
     "lengths, at difference 0; see gapo_lite/win_rates.py",
@@ -124,6 +125,11 @@ def show_summary(summary: dict[str, Any]) -> None:
 
 def _show_remarks(summary: dict[str, Any]) -> None:
     bias = summary["position_bias"]
+    if summary["num_usable"] < _FEWEST_PAIRS:
+        note(
+            f"With {summary['num_usable']} pairs all of this may be chance; an interval from so "
+            "few is too narrow."
+        )
     if any(bias.values()):
         note(
             f"The two orders disagree in {sum(bias.values())} pairs, counted as ties: the first "

@@ -151,6 +151,7 @@ def test_each_pair_is_asked_in_both_orders_and_win_rate_and_length_stand_togethe
     assert headers["Authorization"] == f"Bearer {KEY}"
     assert (body["model"], body["temperature"]) == ("m", 0)
     assert "10 requests for 6 pairs" in result.stderr
+    assert "With 6 pairs all of this may be chance" in " ".join(result.stderr.split())
     assert re.search(r"At most 0\.\d+ at the given prices", result.stderr)
     shown = result.output
     assert "win rate of A" in shown
