@@ -150,11 +150,11 @@ def upload(shipment: Shipment, name: str, *, private: bool, update: bool = False
     Args:
         shipment: of `look_over`.
         name: owner/name of the repository; made where it is not there.
-        private: whether a new one is; that of an existing one stays as it is.
+        private: whether a new one is, and one that is there has to be.
         update: whether one that holds files already may be added to. Files of other names stay.
 
     Raises:
-        RunError: it holds files already, the Hub refuses, or cannot be reached.
+        RunError: it holds files already or is public, the Hub refuses, or cannot be reached.
     """
     api = HfApi()
     with _explaining(name, shipment.folder):
@@ -166,6 +166,11 @@ def upload(shipment: Shipment, name: str, *, private: bool, update: bool = False
             raise RunError(
                 f"{name} is on the Hub already and holds {len(there or ())} files; nothing was "
                 "uploaded. Choose another name, or replace what is there with --update."
+            )
+        if there is not None and private and api.repo_info(name).private is False:
+            raise RunError(
+                f"{name} is on the Hub already, and everybody may see it; nothing was uploaded. "
+                "Choose another name, or say --public."
             )
         if there is None:
             api.create_repo(name, private=private, exist_ok=True)

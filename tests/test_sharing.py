@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from forging import forge_run
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, ModelInfo
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from typer.testing import CliRunner
 
@@ -187,6 +187,7 @@ class FakeApi:
 
     def __init__(self) -> None:
         self.files: list[str] | None = None
+        self.is_private = True
         self.asked: list[str] = []
         self.failures: dict[str, Exception] = {}
 
@@ -200,6 +201,10 @@ class FakeApi:
         if self.files is None:
             raise _hub_error(404, "no such repository", kind="RepositoryNotFoundError")
         return self.files
+
+    def repo_info(self, name: str) -> ModelInfo:
+        self._ask("repo_info")
+        return ModelInfo(id=name, private=self.is_private)
 
     def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> None:
         self._ask("create_repo")
@@ -233,7 +238,7 @@ def api(monkeypatch, logged_in):
 def test_the_fake_asks_what_the_real_one_takes():
     import inspect
 
-    for name in ("list_repo_files", "create_repo", "upload_folder"):
+    for name in ("list_repo_files", "repo_info", "create_repo", "upload_folder"):
         real = inspect.signature(getattr(HfApi, name)).parameters
         taken = set(inspect.signature(getattr(FakeApi, name)).parameters) - {"self", "name"}
         assert taken <= set(real)
@@ -251,7 +256,17 @@ def test_a_new_repository_is_made_private_unless_asked_otherwise(api, folder):
 def test_a_repository_that_is_there_but_empty_is_filled(api, folder):
     api.files = [".gitattributes"]
     upload(look_over(folder, "ada/demo", private=True), "ada/demo", private=True)
-    assert api.asked == ["list_repo_files", "upload_folder"]
+    assert api.asked == ["list_repo_files", "repo_info", "upload_folder"]
+
+
+def test_what_is_to_be_private_does_not_go_into_a_public_repository(api, folder):
+    api.files, api.is_private = [".gitattributes"], False
+    shipment = look_over(folder, "ada/demo", private=True)
+    with pytest.raises(RunError, match=r"everybody may see it; nothing was uploaded.*--public"):
+        upload(shipment, "ada/demo", private=True)
+    assert "upload_folder" not in api.asked
+    upload(shipment, "ada/demo", private=False)
+    assert api.asked[-1] == "upload_folder"
 
 
 @pytest.mark.parametrize("step", ["list_repo_files", "create_repo", "upload_folder"])
