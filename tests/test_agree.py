@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from conftest import REAL_DATA, read_real_rows
 from test_cli import assert_refused, call, write_jsonl
 
 from gapo_lite.agree import agree
@@ -293,10 +292,10 @@ def test_the_command_says_which_columns_there_are(tmp_path):
     assert_refused(call("agree", file, "--json", file), "would be overwritten")
 
 
-def test_of_real_pairs_the_lengths_say_more_than_any_metric(tmp_path, monkeypatch):
-    read_real_rows("alpaca_pairs_train.jsonl.gz")  # skips where they are not
+def test_of_real_pairs_the_lengths_say_more_than_any_metric(real_rows, tmp_path, monkeypatch):
     monkeypatch.setenv("GAPO_LITE_CACHE", str(tmp_path))
-    found = agree(load_pairs(REAL_DATA / "alpaca_pairs_train.jsonl.gz").pairs)
+    file = write_jsonl(tmp_path / "real.jsonl", real_rows[:2696])  # those to train on
+    found = agree(load_pairs(file).pairs)
     rho = {row.metric: round(row.gap.rho, 2) for row in found.metrics}
     assert rho == {"jaccard": 0.15, "rouge1": 0.18, "rouge2": 0.10, "rougeL": 0.15}
     assert round(found.length.rho, 2) == 0.61
