@@ -277,7 +277,13 @@ def folders_with(name: str, runs_dir: Path) -> list[Path]:
 
 
 def remove_run(run: Run) -> None:
-    """Removes a run's folder and all in it."""
+    """Removes a run's folder and all in it, its settings last: what a kill leaves is known for a
+    run, and can be removed again."""
+    for path in sorted(run.path.glob("*")) if not run.path.is_symlink() else []:
+        if path.name != "config.yaml":
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
     shutil.rmtree(run.path, ignore_errors=True)
 
 

@@ -31,6 +31,7 @@ from gapo_lite.runs import (
     create_run,
     file_lock,
     folders_with,
+    remove_run,
     replace_text,
     telling_disk_errors,
 )
@@ -92,7 +93,7 @@ class SweepFolder:
         for path in sorted((self.path / "cells").glob("*.json")):
             with contextlib.suppress(ValueError, OSError):
                 record = json.loads(path.read_text(encoding="utf-8"))
-                if isinstance(record, dict) and record.get("run") == path.stem:
+                if _is_record(record) and record["run"] == path.stem:
                     found[path.stem] = record
         return found
 
@@ -136,6 +137,16 @@ class SweepFolder:
             yield
 
 
+def _is_record(found: Any) -> bool:
+    """Whether a file that may be damaged says of a run what is relied on."""
+    return (
+        isinstance(found, dict)
+        and isinstance(found.get("run"), str)
+        and isinstance(found.get("state"), str)
+        and isinstance(found.get("seconds", 0), int | float)
+    )
+
+
 def create_sweep(
     config: SweepConfig, runs_dir: Path, name: str | None, default: str
 ) -> SweepFolder:
@@ -156,8 +167,7 @@ def create_sweep(
         _check_run_names(config, folder)
         replace_text(folder.path / "sweep.yaml", to_yaml(config))
     except BaseException:
-        with contextlib.suppress(OSError):
-            folder.path.rmdir()
+        remove_run(Run(folder.path))  # a full disk leaves half a file in it
         raise
     return folder
 
@@ -186,7 +196,7 @@ def open_sweep(name: str | Path, runs_dir: Path) -> SweepFolder:
     """
     for path in (runs_dir / name, Path(name)):
         if (path / "sweep.yaml").is_file():
-            return SweepFolder(path)
+            return SweepFolder(path if path.name not in ("", "..") else path.resolve())
     known = [sweep.name for sweep in list_sweeps(runs_dir)]
     hint = (
         f"Sweeps in {runs_dir}: {', '.join(known[-8:])}."
