@@ -140,6 +140,8 @@ class RunCallback(TrainerCallback):
     def status(self, state: str, step: int, total: int) -> dict[str, Any]:
         """What status.json holds: `status_record`, and what the drift guard has to say."""
         record = status_record(state, step, total)
+        if self.asked_to_stop:
+            record["stop_asked"] = True  # a sweep wants to know, also of a run that just finished
         if not self.drift:
             return record
         is_its_end = state == "stopped" and self.has_drifted()

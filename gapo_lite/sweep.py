@@ -14,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -103,7 +105,7 @@ def run_sweep(
         raise ConfigError("a sweep trains one run after the other: start it as a single process.")
     config = folder.config
     budget = budget or Budget(config.hours, config.max_runs)
-    with folder.lock():
+    with folder.lock(), _terminated_as_interrupted():
         sweep = _Sweep(folder, budget, show_progress, tell)
         try:
             sweep.work()
@@ -119,6 +121,19 @@ def run_sweep(
         return "finished"
 
 
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM does as Ctrl-C wherever no run is being trained; see run_callback.py for there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class _Sweep:
     """One call of `run_sweep`."""
 
@@ -130,10 +145,12 @@ class _Sweep:
         self.shared = Shared()
         self.results = folder.results()
         self.failures = 0
+        self.failed: set[str] = set()  # runs that failed in this call, which are not tried again
         self.started = now()
 
     def work(self) -> None:
         """All rounds; without halving there is one."""
+        self._check_name()
         self.say("running")
         self._ask_the_data()
         self._measure_base()
@@ -144,11 +161,22 @@ class _Sweep:
             cells = [cell for cell in self.folder.cells if cell.contender in alive]
             for cell in cells:
                 self._reach(cell, limit)
-            if halving is None or all(self._has_ended(cell) for cell in cells):
+            if halving is None or all(self._is_over(cell) for cell in cells):
                 return
             kept = self._better_half(cells, alive, limit, halving)
-            limit = math.inf if len(kept) == 1 else limit * halving.growth
+            # A whole number: runs stop at steps, and are compared by what they were there.
+            limit = math.inf if len(kept) == 1 else math.ceil(limit * halving.growth)
             alive = kept
+
+    def _check_name(self) -> None:
+        """Runs are named after their sweep, so one with another name knows none of its own."""
+        names = {cell.run for cell in self.folder.cells}
+        if self.results and names.isdisjoint(self.results):
+            raise RunError(
+                f"{self.folder.path} has results of other runs than those of a sweep of that name, "
+                f"such as {min(self.results)}: it was renamed or copied. Give it its name back, or "
+                "start a new sweep; all its runs would be trained again."
+            )
 
     def say(self, state: str, cell: str | None = None, message: str = "") -> None:
         """Writes sweep-status.json."""
@@ -170,10 +198,14 @@ class _Sweep:
     def _has_ended(self, cell: Cell) -> bool:
         return self.results.get(cell.run, {}).get("state") in ENDED
 
+    def _is_over(self, cell: Cell) -> bool:
+        """Whether this call has nothing more to do for it."""
+        return self._has_ended(cell) or cell.run in self.failed
+
     def _reach(self, cell: Cell, limit: float) -> None:
         """Trains a cell up to `limit` steps or its end, and records it if it has ended."""
         run = Run(self.folder.runs_dir / cell.run)
-        if self._has_ended(cell) or self._is_at(run, limit):
+        if self._is_over(cell) or self._is_at(run, limit):
             return
         if why := self.budget.spent():
             raise _Stop(why)
@@ -196,9 +228,10 @@ class _Sweep:
                 self.tell(f"{cell.run}: {run.read('status.json')['message']}")
             elif not self._is_at(run, limit):
                 raise _Stop(self._why_stopped(run))
-        except _DataChangedError:
+            self._heed(run)
+        except (_DataChangedError, _Stop):
             raise
-        except (GapoError, RuntimeError) as error:
+        except Exception as error:  # of one cell, whatever it is: the others may fare better
             self._failed(cell, error)
         else:
             self.failures = 0
@@ -208,6 +241,12 @@ class _Sweep:
     def _is_at(self, run: Run, limit: float) -> bool:
         """Whether it waits at the end of a round."""
         return math.isfinite(limit) and run.state() == "stopped" and _reached(run) >= limit
+
+    def _heed(self, run: Run) -> None:
+        """A stop that was asked for while the run came to its end is for the sweep."""
+        status = run.read("status.json")
+        if status.get("stop_asked") and status["heartbeat"] >= self.started:
+            raise _Stop("it was asked to stop")
 
     def _why_stopped(self, run: Run) -> str:
         message = run.read("status.json").get("message")
@@ -251,6 +290,7 @@ class _Sweep:
             logger.warning("%s failed", cell.run, exc_info=error)
             message = f"{type(error).__name__}: {message}"
         self._keep(failed_record(cell, message))
+        self.failed.add(cell.run)
         self.failures += 1
         self.tell(f"{cell.run} failed: {message}")
         if self.failures >= MOST_FAILURES:
@@ -283,14 +323,15 @@ class _Sweep:
         return statistics.mean(values) if values else -math.inf
 
     def _at(self, cell: Cell, limit: float, metric: str) -> Iterator[float]:
-        """The held-out measure at the end of the round, or where the run ended before."""
-        rows = [
-            row
-            for row in Run(self.folder.runs_dir / cell.run).metrics()
-            if f"eval/{metric}" in row and row["step"] <= limit
-        ]
-        if rows:
-            yield rows[-1][f"eval/{metric}"]
+        """The held-out measure at the end of the round, or where the run finished before; nothing
+        of one that failed or that the drift guard stopped on the way, which cannot go on."""
+        run = Run(self.folder.runs_dir / cell.run)
+        key, status = f"eval/{metric}", run.read("status.json")
+        rows = [row for row in run.metrics() if key in row and row["step"] <= limit]
+        got_there = bool(rows) and (rows[-1]["step"] >= limit or status.get("state") == "finished")
+        has_drifted = status.get("stopped_by") == "drift" and status["step"] <= limit
+        if got_there and not has_drifted and math.isfinite(rows[-1][key]):
+            yield rows[-1][key]
 
     # -- what all cells share --
 

@@ -60,8 +60,8 @@ def train_cell(
     """
     run = Run(runs_dir / cell.run)
     resume = _is_begun(run, cell)
-    if resume and run.state() == "finished":
-        return run
+    if resume and (run.state() == "finished" or run.read("status.json").get("stopped_by")):
+        return run  # only its record is missing
     try:
         return train(
             cell.config,
@@ -83,7 +83,7 @@ def _is_begun(run: Run, cell: Cell) -> bool:
     if run.is_locked():
         raise RunError(f"the run {run.name} is being trained by another process. Wait for it.")
     if not (run.path / "config.yaml").exists():
-        if leftover := [path.name for path in run.path.iterdir() if path.name not in _EARLIEST]:
+        if leftover := [path.name for path in run.path.iterdir() if not _is_early(path.name)]:
             raise RunError(
                 f"{run.path} is not a run (it holds {leftover[0]}), but a cell of this sweep is to "
                 "have that name. Move it away."
@@ -101,6 +101,11 @@ def _is_begun(run: Run, cell: Cell) -> bool:
 
 _EARLIEST = (".lock", "train.log", "status.json")
 """What a run's folder holds before its configuration."""
+
+
+def _is_early(name: str) -> bool:
+    """Whether a kill before the configuration was there leaves it, half written or whole."""
+    return name in _EARLIEST or (name.startswith(".") and name.endswith(".part"))
 
 
 def _can_resume(run: Run) -> bool:
