@@ -10,6 +10,7 @@ import gradio as gr
 
 from app import forms, pair_views, views
 from app.browser import SORTS
+from app.events import on_last
 from app.notices import calm
 from app.services import Services
 from app.sessions import Sessions
@@ -239,9 +240,9 @@ def connect(
                 chooser(trained.inputs, key), choices, trained.inputs.outputs,
                 trigger_mode="always_last", api_visibility="private", **quiet,
             )  # fmt: skip
-    gr.on(
+    on_last(
         [choice.change for choice in choices], show_used, choices, list(data.mirrored.values()),
-        trigger_mode="always_last", api_visibility="private", **quiet,
+        api_visibility="private", **quiet,
     )  # fmt: skip
     about = [key for key in keys if key in MIRRORED or key.startswith(("data.", "ef.", "model."))]
     last: dict[str, Any] = {"trigger_mode": "always_last", **quiet}
@@ -253,9 +254,9 @@ def connect(
     browsing = [
         done.then(browse(), browsed, there, api_visibility="private", **quiet) for done in examined
     ]
-    redrawn = gr.on(
+    redrawn = on_last(
         [form[key].change for key in about] + [tab.select],
-        examine, inputs, seen, api_name="margins", **last,
+        examine, inputs, seen, api_name="margins", **quiet,
     )  # fmt: skip
     browsing.append(redrawn.then(browse(), browsed, there, api_visibility="private", **last))
     for done in browsing:  # last and apart: nothing has to wait until it has counted
@@ -284,9 +285,9 @@ def connect(
         (data.place.submit, browse(typed=True)),
     ):
         trigger(browsing_to, browsed, there, api_visibility="private", **quiet)
-    gr.on(
+    on_last(
         [data.query.change, data.sort.input],
-        browse(anew=True), browsed, there, api_name="browse", **last,
+        browse(anew=True), browsed, there, api_name="browse", **quiet,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import gradio as gr
 
 from app import forecast_views
 from app import views as html
+from app.events import on_last
 from app.forecasts import CARDS, THIS_MACHINE, Outlook, Question
 from app.notices import calm, say
 from app.services import Services
@@ -96,12 +97,11 @@ def wire(services: Services, fit: Fit, inputs: Inputs) -> None:
     again = used.success(look_ahead, asked, [*shown, fit.cancel], api_visibility="private", **few)
     for done in (asking, again):  # the form may have changed meanwhile
         done.then(judge, asked, shown, api_visibility="private", **quiet)
-    gr.on(
+    on_last(
         [component.change for component in asked],
         judge,
         asked,
         shown,
-        trigger_mode="always_last",
         api_visibility="private",
         **quiet,
     )

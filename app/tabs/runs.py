@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from app import run_views, views
+from app.events import on_last
 from app.notices import calm, say
 from app.run_table import RUN_COLUMNS
 from app.services import Services
@@ -215,30 +216,33 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
     )
     delete.click(ask, chosen, [asking, question, asked], api_name="ask_delete", **quiet)
     really.click(delete_it, asked, [asking, chosen, seen], api_name="delete", **quiet)
-    chosen.change(lambda: gr.update(visible=False), None, asking, api_visibility="private", **quiet)
-    never_mind.click(
-        lambda: gr.update(visible=False), None, asking, api_visibility="private", **quiet
+    gr.on(
+        [chosen.change, never_mind.click],
+        lambda: gr.update(visible=False),
+        None,
+        asking,
+        trigger_mode="multiple",
+        api_visibility="private",
+        **quiet,
     )
-    chosen.change(show_comparison, chosen, compared, api_name="comparison", **quiet)
+    on_last([chosen.change], show_comparison, chosen, compared, api_name="comparison", **quiet)
     heavy: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "heavy"}
     evaluate.click(evaluate_it, chosen, compared, api_name="evaluate", **quiet, **heavy)
     merge.click(merge_it, chosen, told, api_name="export_merged", **quiet, **heavy)
     to_ollama.click(ollama_it, chosen, told, api_name="export_for_ollama", **quiet, **heavy)
-    gr.on(
+    on_last(
         [overlaid.change, smoothing.change, axis.input],
         draw,
         [overlaid, smoothing, axis],
         drawn,
-        trigger_mode="always_last",
         api_name="overlay",
         **quiet,
     )
-    gr.on(
+    on_last(
         [one.input, other.input],
         compare,
         [one, other],
         difference,
-        trigger_mode="always_last",
         api_name="difference",
         **quiet,
     )

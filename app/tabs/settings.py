@@ -11,6 +11,7 @@ import gradio as gr
 from gradio.components import Component
 
 from app import forms
+from app.events import on_last
 from app.forms import FormField
 from app.notices import calm
 from gapo_lite.config import RunConfig
@@ -121,12 +122,12 @@ def wire_choices(inputs: Inputs) -> None:
     """What a person chooses as objective, source of the margin or metric fills in and shows what
     belongs to it. Values that a program fills in set off nothing."""
     for key in forms.CHOICES:
-        inputs.by_key[key].input(
+        on_last(
+            [inputs.by_key[key].input],
             chooser(inputs, key),
             [inputs.by_key[each] for each in forms.CHOICES],
             inputs.outputs,
             show_progress="hidden",
-            trigger_mode="always_last",
             api_name=f"choose_{key.partition('.')[2]}",
         )
 

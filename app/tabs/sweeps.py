@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from app import forms, sweep_forms, sweep_views, views
+from app.events import on_last
 from app.notices import calm, say
 from app.services import Services
 from app.sweep_forms import OWN_GRID, ROWS, TRAIN_FORM, Filled
@@ -216,12 +217,11 @@ def _wire_form(
         return gr.update(selected="sweeps"), *_show(services, sweep)
 
     form.start_from.input(fill, form.start_from, form.filled, api_name="fill_sweep", **_QUIET)
-    gr.on(
+    on_last(
         [component.change for component in (form.start_from, *form.filled)] + [tab.select],
         plan,
         inputs,
         [form.plan, form.name],
-        trigger_mode="always_last",
         api_name="plan_sweep",
         **_QUIET,
     )
@@ -288,12 +288,11 @@ def _wire_monitor(
         return gr.update(visible=False)
 
     asking = [monitor.asking, monitor.question, monitor.asked]
-    gr.on(
+    on_last(
         [tab.select, monitor.chosen.input],
         show,
         monitor.chosen,
         monitor.shown,
-        trigger_mode="always_last",
         api_name="watch_sweep",
         **_QUIET,
     )
@@ -314,5 +313,12 @@ def _wire_monitor(
     monitor.really.click(
         delete, monitor.asked, [monitor.asking, *monitor.shown], api_name="delete_sweep", **_QUIET
     )
-    monitor.chosen.change(put_away, None, monitor.asking, api_visibility="private", **_QUIET)
-    monitor.never_mind.click(put_away, None, monitor.asking, api_visibility="private", **_QUIET)
+    gr.on(
+        [monitor.chosen.change, monitor.never_mind.click],
+        put_away,
+        None,
+        monitor.asking,
+        trigger_mode="multiple",
+        api_visibility="private",
+        **_QUIET,
+    )

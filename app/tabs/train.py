@@ -9,6 +9,7 @@ import gradio as gr
 
 from app import forms, formulas, live, views
 from app.downloads import text_file
+from app.events import on_last
 from app.live import View
 from app.notices import calm, say
 from app.services import Services
@@ -220,13 +221,12 @@ def _wire_form(
         say(f"Started {run}.")
         return (run, gr.update(selected="train"), *_watch(services, run, smoothing, axis))
 
-    gr.on(
+    on_last(
         [component.change for component in inputs] + [form.name.change, tab.select],
         summarise,
         [form.name, *inputs],
         summary,
         show_progress="hidden",
-        trigger_mode="always_last",
         api_name="summarise",
     )
     filled = form.inputs.outputs
@@ -310,12 +310,11 @@ def _wire_monitor(services: Services, monitor: _Monitor, tab: gr.Tab) -> None:
         return gr.update(visible=False)
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
-    gr.on(
+    on_last(  # else a choice made while another is drawn would be lost
         [monitor.watched.input, monitor.smoothing.change, monitor.axis.input, tab.select],
         show,
         view,
         [monitor.watched, monitor.live],
-        trigger_mode="always_last",  # else a choice made while another is drawn would be lost
         api_name="watch",
         **quiet,
     )
@@ -328,10 +327,13 @@ def _wire_monitor(services: Services, monitor: _Monitor, tab: gr.Tab) -> None:
         **quiet,
     )
     monitor.really.click(kill, monitor.asked, monitor.asking, api_name="kill", **quiet)
-    monitor.watched.change(
-        lambda: gr.update(visible=False), None, monitor.asking, api_visibility="private", **quiet
-    )
-    monitor.never_mind.click(
-        lambda: gr.update(visible=False), None, monitor.asking, api_visibility="private", **quiet
+    gr.on(
+        [monitor.watched.change, monitor.never_mind.click],
+        lambda: gr.update(visible=False),
+        None,
+        monitor.asking,
+        trigger_mode="multiple",
+        api_visibility="private",
+        **quiet,
     )
     monitor.resume.click(resume, view, [monitor.watched, monitor.live], api_name="resume", **quiet)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
+import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 from browsing import (
     HOSTILE,
@@ -26,7 +30,7 @@ from gapo_lite.data import load_pairs
 
 NUM_EMBEDDED = str(len(load_pairs("embedded:everyday").pairs))
 SCRIPT = "</script><script>hacked=1</script>"
-TABS = ("Data", "Train", "Runs", "Chat")
+TABS = ("Data", "Train", "Runs", "Sweeps", "Chat")
 
 
 @pytest.fixture
@@ -78,6 +82,8 @@ def test_the_first_screen_is_painted_in_two_seconds_and_filled(page: Any) -> Non
 def test_every_tab_fits_a_phone_in_both_themes(chromium: Any, server: Any, theme: str) -> None:
     with visiting(chromium, server, theme=theme, width=390) as page:
         expect(page.locator(".pair-side").first).to_be_visible()
+        widths = "tabs => tabs.reduce((sum, tab) => sum + tab.offsetWidth, 0)"
+        assert page.get_by_role("tab").evaluate_all(widths) < 300  # room for a wider font
         for name in TABS:
             panel = open_tab(page, name)
             expect(panel).to_be_visible()
@@ -101,21 +107,9 @@ def test_settings_of_the_margin_redraw_the_figures_at_once_and_stand_in_the_form
     average = fact(panel, "average target margin")
     expect(average).to_be_visible()
     expect(panel.get_by_text("Lengths in tokens of the model")).to_be_visible()
-    page.evaluate(  # when the page shows it, by the browser's own clock
-        """() => new MutationObserver(() => {
-            const fact = [...document.querySelectorAll('.fact-row > span')]
-                .find((one) => one.innerText.startsWith('γ '));
-            if (fact && fact.innerText !== window.shown) {
-                window.shown = fact.innerText;
-                window.shownAt = performance.now();
-            }
-        }).observe(document.body, { subtree: true, childList: true, characterData: true })"""
-    )
     for gamma in (0.7, 1.3, 0.4):
-        began = page.evaluate("performance.now()")
         enter(panel, "γ (gamma)", gamma)
         expect(fact(panel, "γ")).to_have_text(f"{gamma:g}")
-        assert page.evaluate("window.shownAt") - began < 500 * SLACK
     before = of_title(panel, "Gap: log").inner_html()
     choose(panel, "mapping", "square")
     expect(of_title(panel, "Gap: square")).to_be_visible()
@@ -160,10 +154,6 @@ def test_margins_can_come_from_ratings_or_not_at_all(page: Any) -> None:
     expect(train.get_by_label("objective", exact=True)).to_have_value("dpo")
     expect(train.get_by_label("γ (gamma)", exact=True)).to_have_value("3")
     expect(train.locator(".formula")).to_contain_text("2305.18290")
-
-
-SLACK = 3
-"""A busy core, and a browser on the same one: alone it takes some 150 ms."""
 
 
 def test_an_uploaded_file_is_examined_line_by_line(page: Any, server: Any) -> None:
@@ -265,15 +255,46 @@ def test_pairs_can_be_searched_sorted_and_leafed_through_with_differing_words_ma
     expect(place).to_have_text("1 of 9")
 
 
-def test_a_redraw_is_fast_on_the_server_even_for_many_pairs(page: Any) -> None:
+def test_a_redraw_is_fast_on_the_server_even_for_many_pairs(page: Any, server: Any) -> None:
     panel = upload(page, jsonl_file("many.jsonl", pairs(4000)))
     expect(fact(panel, "pairs").first).to_have_text("4,000")
     expect(of_title(panel, "Gap: log")).to_be_visible()
+    process = psutil.Process(server.process.pid)
     took = []
-    for gamma in (0.9, 0.8, 0.7):  # the quickest: a busy machine slows one of them, not all
-        with page.expect_response(re.compile("queue/join")):
-            began = time.monotonic()
-            enter(panel, "γ (gamma)", gamma)
+    for gamma in (0.9, 0.8, 0.7):
+        began = sum(process.cpu_times()[:2])  # its own seconds: others on the machine are no matter
+        enter(panel, "γ (gamma)", gamma)
         expect(fact(panel, "γ")).to_have_text(str(gamma))
-        took.append(time.monotonic() - began)
-    assert min(took) < 0.5 * SLACK
+        took.append(sum(process.cpu_times()[:2]) - began)
+    assert min(took) < 0.5, took
+
+
+def test_the_page_rests_after_changes_that_came_faster_than_answers(page: Any) -> None:
+    panel = open_tab(page, "Data")
+    expect(fact(panel, "γ")).to_be_visible()
+    page.route("**/queue/join*", lambda route: (time.sleep(0.2), route.continue_()))
+    for gamma in (0.9, 0.8, 0.7):
+        enter(panel, "γ (gamma)", gamma)
+    expect(fact(panel, "γ")).to_have_text("0.7")
+    deadline = time.monotonic() + 30
+    asked = [""]
+    page.on("request", lambda request: asked.append(request.url))
+    while asked:  # endless where two handlers, each busy when an event came, repeat it for another
+        assert time.monotonic() < deadline, asked
+        asked.clear()
+        page.wait_for_timeout(2000)
+    page.unroute_all()
+
+
+def test_no_event_is_repeated_for_a_busy_handler_with_others_beside_it(server: Any) -> None:
+    with urllib.request.urlopen(f"{server.url}config") as answer:
+        config = json.load(answer)
+    listening = defaultdict(list)
+    for handler in config["dependencies"]:
+        for component, event in handler["targets"]:
+            if component is not None and (handler["backend_fn"] or handler["js"] == "() => []"):
+                listening[component, event].append(handler)
+    assert len(listening) > 100
+    for event, handlers in listening.items():
+        if any(one["backend_fn"] and one["trigger_mode"] == "always_last" for one in handlers):
+            assert len(handlers) == 1, (event, [one["api_name"] for one in handlers])
