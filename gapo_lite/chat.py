@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from gapo_lite.batching import render_prompt, turn_ending
 from gapo_lite.compare import load_policy
-from gapo_lite.config import parse_config
+from gapo_lite.config import ModelConfig, parse_config
 from gapo_lite.errors import ConfigError, DataError, GapoError
 from gapo_lite.generate import stream_answer
 from gapo_lite.model import Policy, load_base, load_tokenizer, pick_device, pick_precision
@@ -64,17 +64,23 @@ class Voice:
     adapter: Path | None = None
 
 
-def load_voice(name: str, runs_dir: Path) -> Voice:
+def load_voice(name: str, runs_dir: Path, settings: ModelConfig | None = None) -> Voice:
     """A run (its name or folder) or a model (embedded name, folder or Hub id), ready to answer.
 
     On a CPU the base is not quantised: NF4 would answer ten times slower.
+
+    Args:
+        name: of the run or model.
+        runs_dir: folder of all runs.
+        settings: of a model: its revision, quantisation and precision, by default the usual ones.
 
     Raises:
         GapoError: there is no such run or model, the run has saved nothing, or something of it
             cannot be loaded.
     """
     run = find_run(name, runs_dir)
-    config = run.config().model if run else parse_config({"model": {"name": name}}).model
+    given = settings or parse_config({"model": {"name": name}}).model
+    config = run.config().model if run else given
     adapter = run.trained_adapter() if run else None
     tokenizer = load_tokenizer(config.name, config.revision)
     turn_ending(tokenizer)  # a model without chat template is refused before it is loaded
@@ -84,7 +90,8 @@ def load_voice(name: str, runs_dir: Path) -> Voice:
     if run and adapter:
         tuned = load_policy(run.config(), adapter, quantization, dtype, device)
         return Voice(run.name, tokenizer, tuned, tuned, _context(tuned), config.name, adapter)
-    base = load_base(config.name, quantization=quantization, dtype=dtype, device=device).eval()
+    how = {"quantization": quantization, "dtype": dtype, "device": device}
+    base = load_base(config.name, revision=config.revision, **how).eval()
     return Voice(name, tokenizer, base, None, _context(base), config.name)
 
 

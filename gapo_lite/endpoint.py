@@ -51,7 +51,14 @@ class StoppedError(Exception):
 
 
 class RefusedError(Exception):
-    """The server will not answer this request (400, 413, 422); never leaves the package."""
+    """The server will not answer this request (400, 413, 422); never leaves the package.
+
+    `parameter` is the field of the request that the model does not take, "" for none.
+    """
+
+    def __init__(self, text: str, parameter: str = ""):
+        super().__init__(text)
+        self.parameter = parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +101,7 @@ class Endpoint:
     kept_in: Path = field(default_factory=lambda: cache_dir() / "judge")
     stopped: threading.Event = field(default_factory=threading.Event)
     _asking: dict[Path, threading.Lock] = field(default_factory=dict, repr=False)
+    _untaken: set[str] = field(default_factory=set, repr=False)
 
     @classmethod
     def from_environment(cls, model: str, **options: Any) -> Endpoint:
@@ -149,7 +157,7 @@ class Endpoint:
         with self._asking.setdefault(place, threading.Lock()):  # the same is asked once at a time
             if reply := self.kept(messages, attempt):
                 return reply
-            text, tokens_in, tokens_out = _read_reply(self._send(self._body(messages)))
+            text, tokens_in, tokens_out = _read_reply(self._send_as_taken(self._body(messages)))
             place.parent.mkdir(parents=True, exist_ok=True)
             row = {"text": text, "tokens_in": tokens_in, "tokens_out": tokens_out}
             replace_text(place, json.dumps(row))
@@ -165,6 +173,23 @@ class Endpoint:
 
     def _place(self, messages: Sequence[Message], attempt: int) -> Path:
         return self.kept_in / f"{digest(self.url, self._body(messages), attempt)}.json"
+
+    def _send_as_taken(self, body: dict[str, Any]) -> bytes:
+        """Sends again without what the model says that it does not take: reasoning models know
+        max_tokens by another name, and no temperature."""
+        while True:
+            taken = {name: value for name, value in body.items() if name not in self._untaken}
+            if "max_tokens" not in taken:
+                taken["max_completion_tokens"] = self.max_tokens
+            try:
+                return self._send(taken)
+            except RefusedError as error:
+                if error.parameter not in ("temperature", "max_tokens") or (
+                    error.parameter not in taken
+                ):
+                    raise
+                logger.info("%s takes no %s", self.name, error.parameter)
+                self._untaken.add(error.parameter)
 
     def _send(self, body: dict[str, Any]) -> bytes:
         for number in range(self.retries + 1):
@@ -207,9 +232,10 @@ class Endpoint:
             raise _BusyError(f"the connection failed ({what})") from None
 
     def _failure(self, error: urllib.error.HTTPError) -> Exception:
-        said = ""
+        said = parameter = ""
         with suppress(OSError, http.client.HTTPException):
-            said = self._harmless(_message_of(error.read(65536)))
+            body = error.read(65536)
+            said, parameter = self._harmless(_message_of(body)), _parameter_of(body)
         if error.code in _BUSY or error.code >= 500:
             return self._busy(error, said)
         if error.code in (401, 403):  # what it says may hold parts of the key
@@ -218,7 +244,7 @@ class Endpoint:
                 "OPENAI_BASE_URL."
             )
         if error.code in (400, 413, 422):
-            return RefusedError(f"{error.code}: {said}" if said else str(error.code))
+            return RefusedError(f"{error.code}: {said}" if said else str(error.code), parameter)
         return ConfigError(
             f"{self.name} answers {error.code} {said}. Check --model, and OPENAI_BASE_URL, which "
             "ends before /chat/completions."
@@ -315,3 +341,12 @@ def _message_of(body: bytes) -> str:
         error = json.loads(text)["error"]
         return str(error["message"] if isinstance(error, dict) else error)
     return re.sub(r"<[^>]*>", " ", text)
+
+
+def _parameter_of(body: bytes) -> str:
+    """The field of the request that an error is about, as OpenAI says it; "" for none."""
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        error = json.loads(body)["error"]
+        if str(error["code"]).startswith("unsupported_"):
+            return str(error["param"])
+    return ""

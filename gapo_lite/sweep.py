@@ -337,7 +337,7 @@ class _Sweep:
 
     def _ask_the_data(self) -> None:
         """Whether the gaps follow the data's own judgements, once, where it has any."""
-        if self.folder.read("agree.json"):
+        if self.folder.read("agree.json") or not self._all_have("data"):
             return
         used = [cell.config for cell in self.folder.cells if cell.config.margin.source == "ef"]
         options: dict[str, Any] = {}
@@ -350,23 +350,22 @@ class _Sweep:
             self.folder.write("agree.json", asdict(found))
 
     def _measure_base(self) -> None:
-        """The base model's answers, once, where all contenders have the same base."""
-        how, cells = self.folder.config.answers, self.folder.cells
+        """The base model's answers, once, where all cells have the same base and pairs."""
+        how, config = self.folder.config.answers, self.folder.cells[0].config
         if self.folder.read("base.json") or not how:
             return
-        models = {cell.config.model.name for cell in cells}
         measured = None
-        if len(models) == 1:
-            prompts = heldout_prompts(cells[0].config, self.shared)
+        if self._all_have("model") and self._all_have("data"):
+            prompts = heldout_prompts(config, self.shared)
             self.tell(f"the base model answers {min(how.prompts, len(prompts))} prompts")
-            measured = measure_answers(
-                models.pop(),
-                self.folder.runs_dir,
-                prompts,
-                how,
-                self.folder.path / "base_answers.jsonl",
-            )
+            out = self.folder.path / "base_answers.jsonl"
+            measured = measure_answers(config.model, prompts, how, out)
         self.folder.write("base.json", {"answers": measured})
+
+    def _all_have(self, section: str) -> bool:
+        """Whether all cells have the same settings there."""
+        first, *others = (getattr(cell.config, section) for cell in self.folder.cells)
+        return all(other == first for other in others)
 
 
 def _reached(run: Run) -> int:

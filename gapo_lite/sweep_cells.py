@@ -25,7 +25,7 @@ import torch
 from gapo_lite.chat import load_voice
 from gapo_lite.checkpoints import list_checkpoints, newest_valid_checkpoint
 from gapo_lite.compare import group_by_ef
-from gapo_lite.config import RunConfig
+from gapo_lite.config import ModelConfig, RunConfig
 from gapo_lite.ef.cache import cached_scores
 from gapo_lite.errors import RunError
 from gapo_lite.evaluate import PairScores, summarize
@@ -229,7 +229,7 @@ def _answers(
     if answers is None:
         return None
     prompts, out = heldout_prompts(config, shared), run.path / "answers.jsonl"
-    return measure_answers(str(run.path), run.path.parent, prompts, answers, out)
+    return measure_answers(run, prompts, answers, out)
 
 
 def heldout_prompts(config: RunConfig, shared: Shared) -> list[list[Message]]:
@@ -239,9 +239,9 @@ def heldout_prompts(config: RunConfig, shared: Shared) -> list[list[Message]]:
 
 
 def measure_answers(
-    name: str, runs_dir: Path, prompts: Sequence[Sequence[Message]], how: Answers, out: Path
+    speaker: Run | ModelConfig, prompts: Sequence[Sequence[Message]], how: Answers, out: Path
 ) -> dict[str, Any]:
-    """Greedy answers of a run or model to the first prompts: how long, and how repetitive.
+    """Greedy answers of a run or base model to the first prompts: how long, and how repetitive.
 
     The answers themselves go to `out`, as `gapo-lite generate` writes them.
 
@@ -252,7 +252,10 @@ def measure_answers(
     Raises:
         GapoError: the run or model cannot be loaded.
     """
-    voice = load_voice(name, runs_dir)
+    if isinstance(speaker, Run):
+        voice = load_voice(str(speaker.path), speaker.path.parent)
+    else:
+        voice = load_voice(speaker.name, out.parent, speaker)
     asked = prompts[: how.prompts]
     found = [
         answer

@@ -317,6 +317,31 @@ def test_one_pair_that_is_refused_does_not_stop_the_others(judge, tmp_path):
     assert summary(tmp_path)["num_unusable"] == 1
 
 
+def test_a_model_without_temperature_and_max_tokens_judges_too(judge, tmp_path):
+    def refusing(number, content):
+        _, _, body = server.seen[number - 1]
+        for name, why in (("max_tokens", "parameter"), ("temperature", "value")):
+            if name in body:  # as OpenAI's reasoning models answer
+                error = {"message": f"Unsupported {why}: '{name}'", "param": name}
+                return 400, json.dumps({"error": {**error, "code": f"unsupported_{why}"}})
+        return longer_wins(number, content)
+
+    with serving(refusing) as server:
+        judge(server, "--yes", "--max-tokens", 77, "--workers", 1)
+    assert summary(tmp_path)["win_rate"]["value"] == pytest.approx(4.5 / 6)
+    again = server.seen[2:]  # refused once for each, then never again
+    assert len(again) == 10
+    assert all(body["max_completion_tokens"] == 77 for _, _, body in again)
+
+
+def test_a_model_that_refuses_a_field_which_was_not_sent_is_not_asked_for_ever(judge):
+    error = {"message": "no", "param": "max_tokens", "code": "unsupported_parameter"}
+    with serving(lambda number, content: (400, json.dumps({"error": error}))) as server:
+        result = judge(server, "--yes", "--workers", 1)
+    assert "answers none of the requests" in " ".join(result.stderr.split())
+    assert len(server.seen) < 20
+
+
 def test_the_key_goes_nowhere_but_into_its_header(judge, tmp_path):
     assert KEY not in repr(Endpoint("http://x/v1", "m", KEY))
     with serving(longer_wins) as server:
