@@ -53,6 +53,7 @@ def main() -> int:
     parser.add_argument("--heldout", type=Path, default=REAL / "alpaca_pairs_test.jsonl.gz")
     parser.add_argument("--tokens", type=int, default=192, help="longest pair that is used")
     parser.add_argument("--sweep", default="results", choices=["results", "tuning"])
+    parser.add_argument("--threads", type=int, help="CPU threads; by default one a core")
     parser.add_argument("--kills", type=int, default=2, help="SIGKILLs on the way")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--work", type=Path, default=WORK, help="where its runs lie")
@@ -68,7 +69,7 @@ def main() -> int:
         if not out.exists():
             print(f"{name}: {write_short(source, out, args.tokens)} pairs", flush=True)
     run_with_kills(args)
-    record = kept(args.work / "runs" / args.sweep, args.work / "kills.jsonl")
+    record = kept(args.work / "runs" / args.sweep, _log_of_kills(args))
     common.write_json(KEPT / f"sweep_{args.sweep}.json", record)
     return 0
 
@@ -93,13 +94,16 @@ def write_short(source: Path, out: Path, tokens: int) -> int:
 
 def run_with_kills(args: argparse.Namespace) -> None:
     """Runs the sweep to its end, and kills it at random moments."""
-    runs_dir, log = args.work / "runs", args.work / "kills.jsonl"
+    runs_dir, log = args.work / "runs", _log_of_kills(args)
+    environment = {**os.environ}
+    if args.threads:
+        environment["OMP_NUM_THREADS"] = str(args.threads)
     began = time.time()
     while True:
         kills = len(log.read_text().splitlines()) if log.exists() else 0
         command = sweep_command(args, runs_dir)
         print("$", " ".join(command[1:]), flush=True)
-        child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        child = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
         while kills < args.kills and child.poll() is None:
             time.sleep(5)
             if (runs_dir / args.sweep).exists() and _is_due(
@@ -113,6 +117,10 @@ def run_with_kills(args: argparse.Namespace) -> None:
             return
         if child.returncode != -signal.SIGKILL:
             raise SystemExit(f"the sweep ended with {child.returncode}")
+
+
+def _log_of_kills(args: argparse.Namespace) -> Path:
+    return args.work / f"kills-{args.sweep}.jsonl"
 
 
 def sweep_command(args: argparse.Namespace, runs_dir: Path) -> list[str]:
@@ -202,18 +210,46 @@ def report_of(record: dict[str, Any]) -> str:
 
 def documents() -> dict[str, str]:
     """File name in docs/ → text, of what is kept."""
-    found = {}
-    for sweep, text in (("results", _RESULTS), ("tuning", _TUNING)):
-        path = KEPT / f"sweep_{sweep}.json"
-        if path.exists():
-            record = json.loads(path.read_text(encoding="utf-8"))
-            found[f"{sweep}.md"] = text.format(
-                report=report_of(record),
-                hardware=common.describe(record["machine"]),
-                minutes=round(record["seconds"] / 60),
-                kills=_killed(record["kills"]),
-            )
-    return found
+    results, tuning = (
+        json.loads((KEPT / f"sweep_{name}.json").read_text(encoding="utf-8"))
+        for name in ("results", "tuning")
+    )
+    pages = ((_RESULTS, results, results), (_TUNING, tuning, with_middle(tuning, results)))
+    return {
+        name: text.format(
+            report=report_of(shown),
+            hardware=common.describe(record["machine"]),
+            minutes=round(record["seconds"] / 60),
+            kills=_killed(record["kills"]),
+        )
+        for name, (text, record, shown) in zip(("results.md", "tuning.md"), pages, strict=True)
+    }
+
+
+def with_middle(tuning: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """The tuning sweep with what its contenders are changes of, which the first sweep has trained:
+    GaPO with ROUGE-L. It becomes the baseline."""
+    files = json.loads(json.dumps(tuning["files"]))
+    settings = files["tuning/sweep.yaml"]
+    changed = ("margin.gamma", "objective.beta", "training.learning_rate")
+    (middle,) = (
+        cell
+        for name, cell in results["files"].items()
+        if name.endswith("cells/results-rougeL-s42.json")
+    )
+    values = dict(
+        zip(changed, (middle["gamma"], middle["beta"], middle["learning_rate"]), strict=True)
+    )
+    settings["variants"].insert(0, {"name": "middle", "settings": values})
+    settings["baseline"] = "middle"
+    for name, content in results["files"].items():
+        if "results-rougeL-" in name:
+            name = name.replace("results/", "tuning/").replace("results-rougeL-", "tuning-middle-")
+            if "cells/" in name:
+                run = content["run"].replace("results-rougeL-", "tuning-middle-")
+                content = {**content, "run": run, "contender": "middle"}
+            files[name] = content
+    return {**tuning, "files": files}
 
 
 def _killed(kills: list[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gapo_lite.errors import ConfigError, RunError
+from gapo_lite.report import write_report
 from gapo_lite.runs import open_run
 from gapo_lite.sweep import Budget, run_sweep
 from gapo_lite.sweep_config import parse_sweep
@@ -104,6 +105,19 @@ def test_cells_of_different_precision_follow_each_other(quick: dict, tmp_path: P
     folder = new(quick, tmp_path)
     assert told(folder)[0] == "finished"
     assert [r["state"] for r in folder.results().values()] == ["finished", "finished"]
+
+
+def test_a_source_that_cannot_be_read_fails_its_own_cells_alone(
+    given: dict, tmp_path: Path
+) -> None:
+    sources = [str(tmp_path / "none.jsonl"), given["base"]["data"]["source"]]
+    given |= {"variants": [], "grid": {"data.source": sources}, "baseline": None, "seeds": [1]}
+    folder = new(given, tmp_path)
+    assert told(folder)[0] == "finished"
+    states = sorted(record["state"] for record in folder.results().values())
+    assert states == ["failed", "finished"]
+    assert folder.read("base.json") == {"answers": None}  # there is no one set of prompts
+    write_report(folder)
 
 
 KILLED = """
