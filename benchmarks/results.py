@@ -1,9 +1,11 @@
 """docs/results.md and docs/tuning.md: SimPO, DPO and GaPO with every EF, mapping and
 normalisation, and GaPO with other γ, β and learning rates, on real pairs.
 
-    python benchmarks/results.py                          # the first sweep: one to two hours
-    python benchmarks/results.py --sweep tuning           # the second: half an hour
-    python benchmarks/results.py --docs                   # both pages, from benchmarks/results/
+    python benchmarks/results.py --threads 1 &                  # two sweeps side by side, on two
+    python benchmarks/results.py --threads 1 --sweep tuning     # cores: an hour and a half
+    python benchmarks/results.py --docs                         # both pages, from what they left
+
+A thread each takes two thirds of the time of two threads for one after the other.
 
 The sweeps configs/sweeps/{results,tuning}.yaml run on the pairs of `--pairs FILE --heldout FILE`
 of which prompt and longer response have at most `--tokens` tokens together, in the embedded model's
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,10 @@ REAL = ROOT.parent / "shared" / "data"
 WORK = ROOT / "build" / "results"
 KEPT = ROOT / "benchmarks" / "results"
 MODEL = "embedded:smollm2-135m-instruct"
+MAPPINGS = ("linear", "square", "sqrt", "shift", "none")
+"""Contenders of the second sweep that belong to the paper's tables."""
+TOLD = ("margin.", "objective.", "ef.metric", "training.")
+"""Settings that a contender of the other sweep is told apart by."""
 
 
 def main() -> int:
@@ -173,10 +180,12 @@ def kept(folder: Path, kills: Path) -> dict[str, Any]:
         files |= _of_run(Run(folder.parent / run))
     log = kills.read_text().splitlines() if kills.exists() else []
     seconds = sum(record["seconds"] for record in sweep.results().values())
+    ends = [path.stat().st_mtime for path in (folder / "cells").glob("*.json")]
     return {
         "machine": common.machine(),
         "kills": [json.loads(line) for line in log],
         "seconds": round(seconds),
+        "wall_s": round(max(ends) - (folder / "sweep.yaml").stat().st_mtime),
         "files": files,
     }
 
@@ -214,47 +223,70 @@ def documents() -> dict[str, str]:
         json.loads((KEPT / f"sweep_{name}.json").read_text(encoding="utf-8"))
         for name in ("results", "tuning")
     )
-    pages = ((_RESULTS, results, results), (_TUNING, tuning, with_middle(tuning, results)))
+    shown = {
+        "results.md": (_RESULTS, with_contenders(results, tuning, MAPPINGS)),
+        "tuning.md": (_TUNING, with_contenders(tuning, results, ("rougeL",), is_baseline=True)),
+    }
+    about = {
+        "hardware": common.describe(results["machine"]),
+        "kills": "; ".join(
+            f"{name}: {_killed(record['kills'])}"
+            for name, record in (("the first", results), ("the second", tuning))
+        ),
+        "hours": f"{max(results['wall_s'], tuning['wall_s']) / 3600:.1f}",
+    }
     return {
-        name: text.format(
-            report=report_of(shown),
-            hardware=common.describe(record["machine"]),
-            minutes=round(record["seconds"] / 60),
-            kills=_killed(record["kills"]),
-        )
-        for name, (text, record, shown) in zip(("results.md", "tuning.md"), pages, strict=True)
+        name: text.format(report=report_of(record), **about)
+        for name, (text, record) in shown.items()
     }
 
 
-def with_middle(tuning: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """The tuning sweep with what its contenders are changes of, which the first sweep has trained:
-    GaPO with ROUGE-L. It becomes the baseline."""
-    files = json.loads(json.dumps(tuning["files"]))
-    settings = files["tuning/sweep.yaml"]
-    changed = ("margin.gamma", "objective.beta", "training.learning_rate")
-    (middle,) = (
-        cell
-        for name, cell in results["files"].items()
-        if name.endswith("cells/results-rougeL-s42.json")
-    )
-    values = dict(
-        zip(changed, (middle["gamma"], middle["beta"], middle["learning_rate"]), strict=True)
-    )
-    settings["variants"].insert(0, {"name": "middle", "settings": values})
-    settings["baseline"] = "middle"
-    for name, content in results["files"].items():
-        if "results-rougeL-" in name:
-            name = name.replace("results/", "tuning/").replace("results-rougeL-", "tuning-middle-")
-            if "cells/" in name:
-                run = content["run"].replace("results-rougeL-", "tuning-middle-")
-                content = {**content, "run": run, "contender": "middle"}
-            files[name] = content
-    return {**tuning, "files": files}
+def with_contenders(
+    sweep: dict[str, Any], other: dict[str, Any], names: Sequence[str], *, is_baseline: bool = False
+) -> dict[str, Any]:
+    """A sweep's record with some of another's contenders, trained with the same seeds and base.
+
+    Args:
+        sweep: to it they are added.
+        other: where they come from.
+        names: which.
+        is_baseline: whether the (one) new one becomes the baseline.
+    """
+    mine, its = _settings_of(sweep), _settings_of(other)
+    files = dict(sweep["files"])
+    settings = {**files[mine], "variants": list(files[mine]["variants"])}
+    before, after = mine.partition("/")[0], its.partition("/")[0]
+    shared = settings["settings"]
+    for variant in other["files"][its]["variants"]:
+        if variant["name"] in names:
+            whole = other["files"][its]["settings"] | variant["settings"]
+            own = {k: v for k, v in whole.items() if k.startswith(TOLD) and shared.get(k) != v}
+            settings["variants"].insert(
+                0 if is_baseline else len(settings["variants"]), {**variant, "settings": own}
+            )
+    if is_baseline:
+        (settings["baseline"],) = names
+    files[mine] = settings
+    for name, content in other["files"].items():
+        folder, _, file = name.partition("/")
+        run = file.removeprefix("cells/").removesuffix(".json") if folder == after else folder
+        if any(run.startswith(f"{after}-{one}-s") for one in names):
+            to = run.replace(after, before, 1)
+            if folder == after:
+                files[f"{before}/cells/{to}.json"] = {**content, "run": to}
+            else:
+                files[f"{to}/{file}"] = content
+    return {**sweep, "files": files}
+
+
+def _settings_of(record: dict[str, Any]) -> str:
+    (name,) = (name for name in record["files"] if name.endswith("/sweep.yaml"))
+    return name
 
 
 def _killed(kills: list[dict[str, Any]]) -> str:
     told = [f"in the run {kill['cell']} with {kill['done']} runs done" for kill in kills]
-    return f"killed {len(told)} times on the way ({'; '.join(told)})" if told else "not killed"
+    return ", ".join(told) or "never"
 
 
 _NOTE = """<!-- Written by `python benchmarks/results.py --docs` from benchmarks/results/. -->
@@ -265,7 +297,8 @@ _RESULTS = f"""# Results
 {_NOTE}
 SimPO, DPO, and GaPO with all evaluation factors, mappings and normalisations of the paper's Tables
 3 and 4, by `python benchmarks/results.py` on real pairs (AlpacaEval's judged outputs, the short
-ones; only numbers of them are kept). {{hardware}}; {{minutes}} minutes in all, {{kills}}.
+ones; only numbers of them are kept). {{hardware}}: two sweeps side by side, a core each, in
+{{hours}} hours. Each was killed twice on the way (SIGKILL) and resumed: {{kills}}.
 
 A model of 135 million parameters, a dozen steps and some dozens of held-out pairs can show what the
 code does and whether an effect is large. They cannot show what the paper claims, an 8B model's win
@@ -281,7 +314,7 @@ _TUNING = f"""# Tuning: EF, γ, β and the learning rate for QLoRA
 One setting of GaPO with ROUGE-L changed at a time, by
 `python benchmarks/results.py --sweep tuning`,
 on the pairs and with the settings of [results.md](results.md), whose contender rougeL is the middle
-(γ 0.3, β 10, learning rate 1e-3). {{hardware}}; {{minutes}} minutes in all, {{kills}}.
+(γ 0.3, β 10, learning rate 1e-3).
 
 {{report}}
 """

@@ -327,7 +327,12 @@ def _read_reply(body: bytes) -> tuple[str, int | None, int | None]:
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         raise NonsenseError("the reply is no chat completion") from None
     if not isinstance(text, str) or not text.strip():
-        raise NonsenseError("the reply is empty")
+        was_cut = reply["choices"][0].get("finish_reason") == "length"
+        raise NonsenseError(
+            "the model used up its --max-tokens before it said anything"
+            if was_cut
+            else "the reply is empty"
+        )
     usage = reply.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]

@@ -172,20 +172,24 @@ class Run:
                 os.fsync(file.fileno())
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, what: str = "the run", status: str = "status.json") -> Iterator[None]:
         """Holds the folder for this process.
 
+        Args:
+            what: the folder is of.
+            status: its file that names the process which works on it.
+
         Raises:
-            RunError: another process trains in it.
+            RunError: another process does.
         """
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(file_lock(self.path / ".lock", patience=1.0))
             except BlockingIOError:
-                pid = self.read("status.json").get("pid")
+                pid = self.read(status).get("pid")
                 raise RunError(
-                    f"the run {self.name} is being trained by another process (pid {pid}). Wait "
-                    "for it or stop it."
+                    f"another process (pid {pid}) works on {what} {self.name}. Wait for it or stop "
+                    "it."
                 ) from None
             yield
 

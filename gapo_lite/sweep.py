@@ -240,7 +240,9 @@ class _Sweep:
 
     def _is_at(self, run: Run, limit: float) -> bool:
         """Whether it waits at the end of a round."""
-        return math.isfinite(limit) and run.state() == "stopped" and _reached(run) >= limit
+        status = _status(run)
+        is_waiting = status.get("state") == "stopped" and not run.is_locked()
+        return is_waiting and math.isfinite(limit) and int(status.get("step", 0)) >= limit
 
     def _heed(self, run: Run) -> None:
         """A stop that was asked for while the run came to its end is for the sweep."""
@@ -311,7 +313,7 @@ class _Sweep:
         for cell in cells:
             if cell.contender not in kept and not self._has_ended(cell):
                 run = Run(self.folder.runs_dir / cell.run)
-                if run.state() == "stopped":
+                if _status(run).get("state") == "stopped":
                     self._record(cell, run, "dropped")
         dropped = [f"{name} ({scores[name]:.3f})" for name in alive if name not in kept]
         if dropped:
@@ -326,7 +328,7 @@ class _Sweep:
         """The held-out measure at the end of the round, or where the run finished before; nothing
         of one that failed or that the drift guard stopped on the way, which cannot go on."""
         run = Run(self.folder.runs_dir / cell.run)
-        key, status = f"eval/{metric}", run.read("status.json")
+        key, status = f"eval/{metric}", _status(run)
         rows = [row for row in run.metrics() if key in row and row["step"] <= limit]
         got_there = bool(rows) and (rows[-1]["step"] >= limit or status.get("state") == "finished")
         has_drifted = status.get("stopped_by") == "drift" and status["step"] <= limit
@@ -368,5 +370,9 @@ class _Sweep:
         return all(other == first for other in others)
 
 
-def _reached(run: Run) -> int:
-    return int(run.read("status.json").get("step", 0))
+def _status(run: Run) -> dict[str, Any]:
+    """What a run says of itself; nothing where that is damaged, which fails the cell in its turn,
+    not the sweep."""
+    with contextlib.suppress(RunError):
+        return run.read("status.json")
+    return {}

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +28,6 @@ from gapo_lite.runs import (
     ACTIVE_STATES,
     Run,
     create_run,
-    file_lock,
     folders_with,
     remove_run,
     replace_text,
@@ -118,23 +116,13 @@ class SweepFolder:
             (self.path / "cells").mkdir(exist_ok=True)
         self.write(f"cells/{result['run']}.json", result)
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> contextlib.AbstractContextManager[None]:
         """Holds the sweep for this process.
 
         Raises:
             RunError: another process works on it.
         """
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(file_lock(self.path / ".lock", patience=1.0))
-            except BlockingIOError:
-                pid = self.read("sweep-status.json").get("pid")
-                raise RunError(
-                    f"another process (pid {pid}) works on the sweep {self.name}. Wait for it or "
-                    "stop it."
-                ) from None
-            yield
+        return Run(self.path).lock("the sweep", "sweep-status.json")
 
 
 def _is_record(found: Any) -> bool:

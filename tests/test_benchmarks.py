@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -361,9 +362,60 @@ def test_a_sweep_s_kept_numbers_make_the_same_report_without_local_paths(tmp_pat
     report = write_report(folder)[1].read_text(encoding="utf-8")
     assert results.report_of(kept) in report
     assert "gapo" in results.report_of(kept)
-    monkeypatch.setattr(results, "KEPT", tmp_path)
-    (tmp_path / "sweep_results.json").write_text(json.dumps(kept), encoding="utf-8")
+
+
+def test_the_pages_of_results_are_what_was_measured():
+    results = imported("results")
     pages = results.documents()
-    assert list(pages) == ["results.md"]
-    assert results.report_of(kept) in pages["results.md"]
-    assert "not killed" in pages["results.md"]
+    assert list(pages) == ["results.md", "tuning.md"]
+    for name, text in pages.items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text
+
+
+def test_contenders_of_two_sweeps_stand_in_one_table(tmp_path):
+    """And the baseline may come from the other one."""
+    results, kept = imported("results"), {}
+    contenders = {"first": {"simpo": 0.5, "gapo": 0.6}, "second": {"linear": 0.7, "slow": 0.8}}
+    rate = {"training.learning_rate": 1e-3}
+    own = {"simpo": {"objective.name": "simpo"}, "linear": {"margin.mapping": "linear"}}
+    for name, accuracies in contenders.items():
+        settings = rate if name == "first" else {}
+        variants = {key: own.get(key, {}) | (rate if not settings else {}) for key in accuracies}
+        baseline = next(iter(accuracies))
+        folder = forge_sweep(
+            tmp_path, name, contenders=variants, baseline=baseline, settings=settings
+        )
+        for contender, accuracy in accuracies.items():
+            for seed in (1, 2, 3):
+                add_cell(folder, contender, seed, accuracy=accuracy + seed / 100)
+                keep_hits(folder, contender, seed, [True, False, seed > 1])
+        kept[name] = results.kept(folder, tmp_path / "none")
+    both = results.with_contenders(kept["first"], kept["second"], ("linear",))
+    settings = both["files"]["first/sweep.yaml"]
+    assert settings["variants"][-1] == {"name": "linear", "settings": {"margin.mapping": "linear"}}
+    assert settings["baseline"] == "simpo"
+    report = results.report_of(both)
+    assert "3 contenders on 3 seeds" in report
+    assert "9 of 9 runs" in report or "all" in report
+    assert re.search(r"\*\*linear\*\* \|.* 72\.0", report)
+    assert "slow" not in report
+    moved = results.with_contenders(kept["second"], kept["first"], ("gapo",), is_baseline=True)
+    settings = moved["files"]["second/sweep.yaml"]
+    assert settings["baseline"] == "gapo"
+    assert settings["variants"][0] == {"name": "gapo", "settings": rate}
+    report = results.report_of(moved)
+    assert re.search(r"\*\*gapo\*\* \(baseline\) \|.* 62\.0", report)
+    assert "simpo" not in report
+    assert kept["second"]["files"]["second/sweep.yaml"]["baseline"] == "linear"  # a copy
+
+
+def test_the_numbers_of_the_pages_are_all_there_and_name_nothing_local():
+    results = imported("results")
+    for name, count in (("results", 27), ("tuning", 33)):
+        record = json.loads((results.KEPT / f"sweep_{name}.json").read_text())
+        cells = [one for key, one in record["files"].items() if "/cells/" in key]
+        assert len(cells) == count
+        assert all(cell["state"] == "finished" for cell in cells)
+        assert len(record["kills"]) == 2
+        assert record["wall_s"] < 4 * 3600
+        assert not re.search(r"/(var|tmp|work|home|root)/", json.dumps(record))

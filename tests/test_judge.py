@@ -241,6 +241,10 @@ BAD = {
     "cut off": lambda content: (200, '{"choices": []', {"Content-Length": "999"}),
     "empty": lambda content: "",
     "null": lambda content: (200, '{"choices": [{"message": {"content": null}}]}'),
+    "thought": lambda content: (
+        200,
+        '{"choices": [{"message": {"content": ""}, "finish_reason": "length"}]}',
+    ),
     "nonsense": lambda content: "I am a teapot.",
     "a list": lambda content: (200, "[1]"),
     "binary": lambda content: (200, "\x00\ufffd"),

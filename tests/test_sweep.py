@@ -110,12 +110,13 @@ def test_cells_of_different_precision_follow_each_other(quick: dict, tmp_path: P
 def test_a_source_that_cannot_be_read_fails_its_own_cells_alone(
     given: dict, tmp_path: Path
 ) -> None:
-    sources = [str(tmp_path / "none.jsonl"), given["base"]["data"]["source"]]
-    given |= {"variants": [], "grid": {"data.source": sources}, "baseline": None, "seeds": [1]}
+    sources = {"torn": str(tmp_path / "none.jsonl"), "whole": given["base"]["data"]["source"]}
+    given["variants"] = [{"name": k, "settings": {"data.source": v}} for k, v in sources.items()]
+    given |= {"baseline": None, "seeds": [1]}
     folder = new(given, tmp_path)
     assert told(folder)[0] == "finished"
-    states = sorted(record["state"] for record in folder.results().values())
-    assert states == ["failed", "finished"]
+    states = {record["contender"]: record["state"] for record in folder.results().values()}
+    assert states == {"torn": "failed", "whole": "finished"}
     assert folder.read("base.json") == {"answers": None}  # there is no one set of prompts
     write_report(folder)
 

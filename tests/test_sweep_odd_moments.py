@@ -124,6 +124,23 @@ def test_a_contender_that_failed_is_not_tried_again_in_each_round(
     assert states(folder) == {"d": ("failed", 0)}
 
 
+def test_a_run_whose_status_is_damaged_between_rounds_does_not_end_the_sweep(
+    given: dict, tmp_path: Path, work: Any
+) -> None:
+    given["halving"] = {"first_steps": 4}
+    inner = step_by_step(lambda name, step: {"a": 0.9, "b": 0.8, "c": 0.6, "d": 0.5}[name])
+
+    def train(cell: Cell, runs_dir: Path, pause: Any) -> None:
+        inner(cell, runs_dir, pause)
+        if cell.contender == "d":
+            for other in "ac":
+                (runs_dir / f"s-{other}-s1" / "status.json").write_text("{")
+
+    folder = create_sweep(parse_sweep(given), tmp_path, "s", "s")
+    assert work(folder, train) == "finished"
+    assert states(folder) == {"a": ("finished", 100), "b": ("dropped", 8), "d": ("dropped", 4)}
+
+
 def test_contenders_that_cannot_go_on_do_not_take_a_place_of_the_next_round(
     given: dict, tmp_path: Path, work: Any
 ) -> None:
