@@ -90,8 +90,13 @@ def load_voice(name: str, runs_dir: Path, settings: ModelConfig | None = None) -
     if run and adapter:
         tuned = load_policy(run.config(), adapter, quantization, dtype, device)
         return Voice(run.name, tokenizer, tuned, tuned, _context(tuned), config.name, adapter)
-    how = {"quantization": quantization, "dtype": dtype, "device": device}
-    base = load_base(config.name, revision=config.revision, **how).eval()
+    base = load_base(
+        config.name,
+        revision=config.revision,
+        quantization=quantization,
+        dtype=dtype,
+        device=device,
+    ).eval()
     return Voice(name, tokenizer, base, None, _context(base), config.name)
 
 
