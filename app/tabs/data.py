@@ -10,11 +10,11 @@ import gradio as gr
 
 from app import forms, pair_views, views
 from app.browser import SORTS
-from app.events import on_last
 from app.notices import calm
 from app.services import Services
 from app.sessions import Sessions
 from app.tabs.downloads import wire_download
+from app.tabs.events import on_last
 from app.tabs.settings import chooser, input_of, input_updates
 from app.tabs.train import TrainTab
 from gapo_lite.errors import GapoError

@@ -10,11 +10,11 @@ import gradio as gr
 
 from app import forecast_views
 from app import views as html
-from app.events import on_last
 from app.forecasts import CARDS, THIS_MACHINE, Outlook, Question
 from app.notices import calm, say
 from app.services import Services
 from app.sessions import Sessions
+from app.tabs.events import on_last
 from app.tabs.settings import Inputs, held
 from gapo_lite.errors import ConfigError, GapoError
 

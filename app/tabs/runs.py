@@ -10,11 +10,11 @@ from typing import Any
 import gradio as gr
 
 from app import run_views, views
-from app.events import on_last
 from app.notices import calm, say
 from app.run_table import RUN_COLUMNS
 from app.services import Services
 from app.tabs.downloads import download_button
+from app.tabs.events import on_last
 from app.tabs.train import AXES, TrainTab
 from gapo_lite.errors import RunError
 

@@ -11,9 +11,9 @@ import gradio as gr
 from gradio.components import Component
 
 from app import forms
-from app.events import on_last
 from app.forms import FormField
 from app.notices import calm
+from app.tabs.events import on_last
 from gapo_lite.config import RunConfig
 from gapo_lite.errors import ConfigError
 

@@ -7,12 +7,12 @@ from typing import Any
 import gradio as gr
 
 from app import forms, sweep_forms, sweep_views, views
-from app.events import on_last
 from app.notices import calm, say
 from app.services import Services
 from app.sweep_forms import OWN_GRID, ROWS, TRAIN_FORM, Filled
 from app.sweep_live import sweep_html
 from app.tabs.downloads import download_button
+from app.tabs.events import on_last
 from app.tabs.train import TrainTab
 from gapo_lite.errors import GapoError
 

@@ -9,12 +9,12 @@ import gradio as gr
 
 from app import forms, formulas, live, views
 from app.downloads import text_file
-from app.events import on_last
 from app.live import View
 from app.notices import calm, say
 from app.services import Services
 from app.tabs import fit
 from app.tabs.downloads import download_button
+from app.tabs.events import on_last
 from app.tabs.settings import Inputs, input_of, wire_choices
 from gapo_lite.config import RunConfig
 from gapo_lite.errors import ConfigError
