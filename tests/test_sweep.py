@@ -118,7 +118,7 @@ def test_a_source_that_cannot_be_read_fails_its_own_cells_alone(
     states = {record["contender"]: record["state"] for record in folder.results().values()}
     assert states == {"torn": "failed", "whole": "finished"}
     assert folder.read("base.json") == {"answers": None}  # there is no one set of prompts
-    write_report(folder)
+    write_report(folder.path)
 
 
 KILLED = """
