@@ -39,6 +39,7 @@ from gapo_lite.data import load_pairs
 from gapo_lite.model import load_tokenizer
 from gapo_lite.report import write_report
 from gapo_lite.runs import Run
+from gapo_lite.sweep_config import run_name
 from gapo_lite.sweep_folder import SweepFolder, open_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,8 +49,6 @@ KEPT = ROOT / "benchmarks" / "results"
 MODEL = "embedded:smollm2-135m-instruct"
 MAPPINGS = ("linear", "square", "sqrt", "shift", "none")
 """Contenders of the second sweep that belong to the paper's tables."""
-TOLD = ("margin.", "objective.", "ef.metric", "training.")
-"""Settings that a contender of the other sweep is told apart by."""
 
 
 def main() -> int:
@@ -77,7 +76,7 @@ def main() -> int:
             print(f"{name}: {write_short(source, out, args.tokens)} pairs", flush=True)
     run_with_kills(args)
     record = kept(args.work / "runs" / args.sweep, _log_of_kills(args))
-    common.write_json(KEPT / f"sweep_{args.sweep}.json", record)
+    write_kept(record, KEPT / f"sweep_{args.sweep}.json")
     return 0
 
 
@@ -164,131 +163,140 @@ def _note_kill(log: Path, folder: SweepFolder, began: float) -> None:
 
 
 def kept(folder: Path, kills: Path) -> dict[str, Any]:
-    """A sweep's numbers as one JSON object: its small files by their names below the runs' folder,
-    without local paths."""
+    """A sweep's numbers as one JSON object, without local paths: its own files by their names, and
+    of each run that has ended its record and what the report reads of its folder."""
     sweep = SweepFolder(folder)
     settings = yaml.safe_load((folder / "sweep.yaml").read_text(encoding="utf-8"))
     for holder in (settings["settings"], settings["base"]["data"]):
         for key in (*holder,):
             if key.endswith("source") and holder[key]:
                 holder[key] = Path(holder[key]).name
-    files = {f"{folder.name}/sweep.yaml": settings}
-    for name in ("base.json", "agree.json", "sweep-status.json"):
-        files[f"{folder.name}/{name}"] = sweep.read(name)
-    for run, record in sweep.results().items():
-        files[f"{folder.name}/cells/{run}.json"] = record
-        files |= _of_run(Run(folder.parent / run))
+    own = {name: sweep.read(name) for name in ("base.json", "agree.json", "sweep-status.json")}
+    results = sweep.results()
     log = kills.read_text().splitlines() if kills.exists() else []
-    seconds = sum(record["seconds"] for record in sweep.results().values())
     ends = [path.stat().st_mtime for path in (folder / "cells").glob("*.json")]
     return {
         "machine": common.machine(),
         "kills": [json.loads(line) for line in log],
-        "seconds": round(seconds),
         "wall_s": round(max(ends) - (folder / "sweep.yaml").stat().st_mtime),
-        "files": files,
+        "sweep": {"sweep.yaml": settings, **own},
+        "runs": [
+            {"cell": results[cell.run], **_left_by(Run(folder.parent / cell.run))}
+            for cell in sweep.cells
+            if cell.run in results
+        ],
     }
 
 
-def _of_run(run: Run) -> dict[str, Any]:
+def _left_by(run: Run) -> dict[str, Any]:
     environment = run.read("environment.json")
-    environment = {key: environment[key] for key in ("versions", "gpu", "cpu_count")}
     scores = run.read("heldout.json")["newest"]
     newest = {
         key: [round(value, 6) for value in scores[key]]
         for key in ("chosen_logps", "rejected_logps")
     }
     return {
-        f"{run.name}/margins.json": run.read("margins.json"),
-        f"{run.name}/environment.json": environment,
-        f"{run.name}/heldout.json": {"newest": newest},
+        "margins.json": run.read("margins.json"),
+        "environment.json": {k: environment[k] for k in ("versions", "gpu", "cpu_count")},
+        "heldout.json": {"newest": newest},
     }
+
+
+def write_kept(record: dict[str, Any], path: Path) -> None:
+    """A line a run."""
+    runs = ",\n".join(json.dumps(run) for run in record["runs"])
+    head = json.dumps({key: value for key, value in record.items() if key != "runs"}, indent=1)
+    path.write_text(f'{head[:-2]},\n "runs": [\n{runs}\n ]\n}}\n', encoding="utf-8")
 
 
 def report_of(record: dict[str, Any]) -> str:
     """The report's Markdown of what was kept, without its title and last line."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in record["files"].items():
-            path = Path(folder) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
-        (sweep,) = {name.split("/")[0] for name in record["files"] if name.endswith("sweep.yaml")}
-        text = write_report(Path(folder) / sweep)[1].read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "sweep"
+        for name, content in record["sweep"].items():
+            _write(folder / name, content)
+        for run in record["runs"]:
+            name = run_name(folder.name, run["cell"]["contender"], run["cell"]["seed"])
+            _write(folder / "cells" / f"{name}.json", {**run["cell"], "run": name})
+            for file, content in run.items():
+                if file != "cell":
+                    _write(folder.parent / name / file, content)
+        text = write_report(folder)[1].read_text(encoding="utf-8")
     return "\n".join(text.rstrip().splitlines()[1:-1]).strip()
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
 
 
 def documents() -> dict[str, str]:
     """File name in docs/ → text, of what is kept."""
-    results, tuning = (
+    results, tuning = records = [
         json.loads((KEPT / f"sweep_{name}.json").read_text(encoding="utf-8"))
         for name in ("results", "tuning")
-    )
-    shown = {
-        "results.md": (_RESULTS, with_contenders(results, tuning, MAPPINGS)),
-        "tuning.md": (_TUNING, with_contenders(tuning, results, ("rougeL",), is_baseline=True)),
-    }
+    ]
     about = {
         "hardware": f"2 CPU cores ({results['machine']['cpu']})",
+        "hours": f"{max(record['wall_s'] for record in records) / 3600:.1f}",
         "kills": "; ".join(
             f"{name} {_killed(record['kills'])}"
-            for name, record in (("the first", results), ("the second", tuning))
+            for name, record in zip(("the first", "the second"), records, strict=True)
         ),
-        "hours": f"{max(results['wall_s'], tuning['wall_s']) / 3600:.1f}",
     }
+    shown = {
+        "results.md": (_RESULTS, [*contenders(results), *MAPPINGS]),
+        "tuning.md": (_TUNING, ["rougeL", *contenders(tuning)]),
+    }
+    pages = {name: (text, chosen(records, names)) for name, (text, names) in shown.items()}
     return {
-        name: text.format(report=report_of(record), **_counts(record), **about)
-        for name, (text, record) in shown.items()
+        name: text.format(report=report_of(record), **counts(record), **about)
+        for name, (text, record) in pages.items()
     }
 
 
-def with_contenders(
-    sweep: dict[str, Any], other: dict[str, Any], names: Sequence[str], *, is_baseline: bool = False
-) -> dict[str, Any]:
-    """A sweep's record with some of another's contenders, trained with the same seeds and base.
+def contenders(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name → settings over the sweep's base."""
+    settings = record["sweep"]["sweep.yaml"]
+    return {one["name"]: settings["settings"] | one["settings"] for one in settings["variants"]}
+
+
+def chosen(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """One record of some contenders of sweeps that have base, pairs and seeds in common.
 
     Args:
-        sweep: to it they are added.
-        other: where they come from.
-        names: which.
-        is_baseline: whether the (one) new one becomes the baseline.
+        records: the sweeps; all but the contenders is as in the first.
+        names: of the contenders, in the order of the tables. The first is the baseline.
     """
-    mine, its = _settings_of(sweep), _settings_of(other)
-    files = dict(sweep["files"])
-    settings = {**files[mine], "variants": list(files[mine]["variants"])}
-    before, after = mine.partition("/")[0], its.partition("/")[0]
-    shared = settings["settings"]
-    for variant in other["files"][its]["variants"]:
-        if variant["name"] in names:
-            whole = other["files"][its]["settings"] | variant["settings"]
-            own = {k: v for k, v in whole.items() if k.startswith(TOLD) and shared.get(k) != v}
-            settings["variants"].insert(
-                0 if is_baseline else len(settings["variants"]), {**variant, "settings": own}
-            )
-    if is_baseline:
-        (settings["baseline"],) = names
-    files[mine] = settings
-    for name, content in other["files"].items():
-        folder, _, file = name.partition("/")
-        run = file.removeprefix("cells/").removesuffix(".json") if folder == after else folder
-        if any(run.startswith(f"{after}-{one}-s") for one in names):
-            to = run.replace(after, before, 1)
-            if folder == after:
-                files[f"{before}/cells/{to}.json"] = {**content, "run": to}
-            else:
-                files[f"{to}/{file}"] = content
-    return {**sweep, "files": files}
+    known = {name: own for record in records for name, own in contenders(record).items()}
+    shared = {
+        key: value
+        for record in records
+        for key, value in record["sweep"]["sweep.yaml"]["settings"].items()
+        if all(known[name].get(key, value) == value for name in names)
+    }
+    own = {name: {k: v for k, v in known[name].items() if k not in shared} for name in names}
+    settings = {
+        **records[0]["sweep"]["sweep.yaml"],
+        "settings": shared,
+        "variants": [{"name": name, "settings": own[name]} for name in names],
+        "baseline": names[0],
+    }
+    runs = [run for record in records for run in record["runs"]]
+    return {
+        **records[0],
+        "sweep": {**records[0]["sweep"], "sweep.yaml": settings},
+        "runs": [run for run in runs if run["cell"]["contender"] in names],
+    }
 
 
-def _counts(record: dict[str, Any]) -> dict[str, int]:
+def counts(record: dict[str, Any]) -> dict[str, int]:
     """How many of a record's runs are done."""
-    settings = record["files"][_settings_of(record)]
-    done = sum("/cells/" in name for name in record["files"])
-    return {"done": done, "total": len(settings["variants"]) * len(settings["seeds"])}
-
-
-def _settings_of(record: dict[str, Any]) -> str:
-    (name,) = (name for name in record["files"] if name.endswith("/sweep.yaml"))
-    return name
+    settings = record["sweep"]["sweep.yaml"]
+    return {
+        "done": len(record["runs"]),
+        "total": len(settings["variants"]) * len(settings["seeds"]),
+    }
 
 
 def _killed(kills: list[dict[str, Any]]) -> str:

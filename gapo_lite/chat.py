@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gapo_lite.batching import render_prompt, turn_ending
 from gapo_lite.compare import load_policy
@@ -64,40 +64,49 @@ class Voice:
     adapter: Path | None = None
 
 
-def load_voice(name: str, runs_dir: Path, settings: ModelConfig | None = None) -> Voice:
+def load_voice(name: str, runs_dir: Path) -> Voice:
     """A run (its name or folder) or a model (embedded name, folder or Hub id), ready to answer.
-
-    On a CPU the base is not quantised: NF4 would answer ten times slower.
-
-    Args:
-        name: of the run or model.
-        runs_dir: folder of all runs.
-        settings: of a model: its revision, quantisation and precision, by default the usual ones.
 
     Raises:
         GapoError: there is no such run or model, the run has saved nothing, or something of it
             cannot be loaded.
     """
     run = find_run(name, runs_dir)
-    given = settings or parse_config({"model": {"name": name}}).model
-    config = run.config().model if run else given
-    adapter = run.trained_adapter() if run else None
-    tokenizer = load_tokenizer(config.name, config.revision)
+    return voice_of(run) if run else base_voice(parse_config({"model": {"name": name}}).model)
+
+
+def voice_of(run: Run) -> Voice:
+    """A run, ready to answer; see `base_voice`.
+
+    Raises:
+        GapoError: it has saved nothing, or something of it cannot be loaded.
+    """
+    config, adapter = run.config(), run.trained_adapter()
+    tokenizer, how = _how_to_load(config.model)
+    tuned = load_policy(config, adapter, **how)
+    return Voice(run.name, tokenizer, tuned, tuned, _context(tuned), config.model.name, adapter)
+
+
+def base_voice(model: ModelConfig) -> Voice:
+    """A model as it is, ready to answer. On a CPU it is not quantised: NF4 would answer ten times
+    slower.
+
+    Raises:
+        GapoError: there is no such model, or something of it cannot be loaded.
+    """
+    tokenizer, how = _how_to_load(model)
+    base = load_base(model.name, revision=model.revision, **how).eval()
+    return Voice(model.name, tokenizer, base, None, _context(base), model.name)
+
+
+def _how_to_load(model: ModelConfig) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """The tokenizer, and quantization, dtype and device on this machine."""
+    tokenizer = load_tokenizer(model.name, model.revision)
     turn_ending(tokenizer)  # a model without chat template is refused before it is loaded
     device = pick_device()
-    quantization = "none" if device.type == "cpu" else config.quantization
-    dtype = pick_precision(config.precision, device)
-    if run and adapter:
-        tuned = load_policy(run.config(), adapter, quantization, dtype, device)
-        return Voice(run.name, tokenizer, tuned, tuned, _context(tuned), config.name, adapter)
-    base = load_base(
-        config.name,
-        revision=config.revision,
-        quantization=quantization,
-        dtype=dtype,
-        device=device,
-    ).eval()
-    return Voice(name, tokenizer, base, None, _context(base), config.name)
+    quantization = "none" if device.type == "cpu" else model.quantization
+    dtype = pick_precision(model.precision, device)
+    return tokenizer, {"quantization": quantization, "dtype": dtype, "device": device}
 
 
 def find_run(name: str, runs_dir: Path) -> Run | None:

@@ -26,6 +26,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
 from gapo_lite.agree import agree
+from gapo_lite.chat import base_voice
 from gapo_lite.errors import ConfigError, DataError, GapoError, RunError
 from gapo_lite.preparation import Shared, split_once
 from gapo_lite.run_callback import status_record
@@ -33,6 +34,7 @@ from gapo_lite.runs import Run, now
 from gapo_lite.sweep_cells import (
     cell_record,
     failed_record,
+    free_memory,
     heldout_prompts,
     measure_answers,
     train_cell,
@@ -361,7 +363,8 @@ class _Sweep:
             prompts = heldout_prompts(config, self.shared)
             self.tell(f"the base model answers {min(how.prompts, len(prompts))} prompts")
             out = self.folder.path / "base_answers.jsonl"
-            measured = measure_answers(config.model, prompts, how, out)
+            measured = measure_answers(base_voice(config.model), prompts, how, out)
+            free_memory()
         self.folder.write("base.json", {"answers": measured})
 
     def _all_have(self, section: str) -> bool:

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from gapo_lite.chat import load_voice
+from gapo_lite.chat import Voice, voice_of
 from gapo_lite.checkpoints import list_checkpoints, newest_valid_checkpoint
 from gapo_lite.compare import group_by_ef
-from gapo_lite.config import ModelConfig, RunConfig
+from gapo_lite.config import RunConfig
 from gapo_lite.ef.cache import cached_scores
 from gapo_lite.errors import RunError
 from gapo_lite.evaluate import PairScores, summarize
@@ -229,7 +229,9 @@ def _answers(
     if answers is None:
         return None
     prompts, out = heldout_prompts(config, shared), run.path / "answers.jsonl"
-    return measure_answers(run, prompts, answers, out)
+    measured = measure_answers(voice_of(run), prompts, answers, out)
+    free_memory()
+    return measured
 
 
 def heldout_prompts(config: RunConfig, shared: Shared) -> list[list[Message]]:
@@ -239,23 +241,16 @@ def heldout_prompts(config: RunConfig, shared: Shared) -> list[list[Message]]:
 
 
 def measure_answers(
-    speaker: Run | ModelConfig, prompts: Sequence[Sequence[Message]], how: Answers, out: Path
+    voice: Voice, prompts: Sequence[Sequence[Message]], how: Answers, out: Path
 ) -> dict[str, Any]:
-    """Greedy answers of a run or base model to the first prompts: how long, and how repetitive.
+    """A voice's greedy answers to the first prompts: how long, and how repetitive.
 
     The answers themselves go to `out`, as `gapo-lite generate` writes them.
 
     Returns:
         num_prompts, max_tokens; mean_tokens and mean_characters of an answer; cut_short, the share
         that reached max_tokens; repetition, the mean of `repetition`.
-
-    Raises:
-        GapoError: the run or model cannot be loaded.
     """
-    if isinstance(speaker, Run):
-        voice = load_voice(str(speaker.path), speaker.path.parent)
-    else:
-        voice = load_voice(speaker.name, out.parent, speaker)
     asked = prompts[: how.prompts]
     found = [
         answer
@@ -267,8 +262,6 @@ def measure_answers(
             max_tokens=how.max_tokens,
         )
     ]
-    del voice
-    free_memory()
     rows = [
         {"prompt": prompt[-1]["content"], "answer": answer.text}
         for prompt, answer in zip(asked, found, strict=True)

@@ -392,29 +392,34 @@ def test_contenders_of_two_sweeps_stand_in_one_table(tmp_path):
                 add_cell(folder, contender, seed, accuracy=accuracy + seed / 100)
                 keep_hits(folder, contender, seed, [True, False, seed > 1])
         kept[name] = results.kept(folder, tmp_path / "none")
-    both = results.with_contenders(kept["first"], kept["second"], ("linear",))
-    settings = both["files"]["first/sweep.yaml"]
+    records = [kept["first"], kept["second"]]
+    both = results.chosen(records, ("simpo", "gapo", "linear"))
+    settings = both["sweep"]["sweep.yaml"]
+    assert settings["settings"] == rate  # all three have it
     assert settings["variants"][-1] == {"name": "linear", "settings": {"margin.mapping": "linear"}}
     assert settings["baseline"] == "simpo"
+    assert results.counts(both) == {"done": 9, "total": 9}
     report = results.report_of(both)
     assert "3 contenders on 3 seeds" in report
     assert re.search(r"\*\*linear\*\* \|.* 72\.0", report)
     assert "slow" not in report
-    moved = results.with_contenders(kept["second"], kept["first"], ("gapo",), is_baseline=True)
-    settings = moved["files"]["second/sweep.yaml"]
+    moved = results.chosen(records, ("gapo", "linear", "slow"))
+    settings = moved["sweep"]["sweep.yaml"]
     assert settings["baseline"] == "gapo"
+    assert settings["settings"] == {}  # the rates differ
     assert settings["variants"][0] == {"name": "gapo", "settings": rate}
     report = results.report_of(moved)
     assert re.search(r"\*\*gapo\*\* \(baseline\) \|.* 62\.0", report)
     assert "simpo" not in report
-    assert kept["second"]["files"]["second/sweep.yaml"]["baseline"] == "linear"  # a copy
+    results.write_kept(both, tmp_path / "kept.json")
+    assert json.loads((tmp_path / "kept.json").read_text()) == both
 
 
 def test_the_numbers_of_the_pages_are_of_kills_and_seeds_and_name_nothing_local():
     results = imported("results")
     for name, contenders in (("results", 9), ("tuning", 11)):
         record = json.loads((results.KEPT / f"sweep_{name}.json").read_text())
-        cells = [one for key, one in record["files"].items() if "/cells/" in key]
+        cells = [run["cell"] for run in record["runs"]]
         assert all(cell["state"] == "finished" for cell in cells)
         seeds = Counter(cell["contender"] for cell in cells)
         assert len(seeds) == contenders

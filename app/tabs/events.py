@@ -1,4 +1,4 @@
-"""Handlers of what changes faster than they answer."""
+"""Handlers that hang on several events."""
 
 from __future__ import annotations
 
@@ -27,3 +27,16 @@ def on_last(
     """
     step = gr.on(triggers, None, None, None, js="() => []", api_visibility="private")
     return step.then(handler, inputs, outputs, trigger_mode="always_last", **options)
+
+
+def hide_at(triggers: Sequence[Any], component: Any) -> None:
+    """Puts a component out of sight at these events; at each of them, so that none is repeated."""
+    gr.on(
+        triggers,
+        lambda: gr.update(visible=False),
+        None,
+        component,
+        trigger_mode="multiple",
+        show_progress="hidden",
+        api_visibility="private",
+    )

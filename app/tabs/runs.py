@@ -14,7 +14,7 @@ from app.notices import calm, say
 from app.run_table import RUN_COLUMNS
 from app.services import Services
 from app.tabs.downloads import download_button
-from app.tabs.events import on_last
+from app.tabs.events import hide_at, on_last
 from app.tabs.train import AXES, TrainTab
 from gapo_lite.errors import RunError
 
@@ -216,15 +216,7 @@ def build(services: Services, tab: gr.Tab, tabs: gr.Tabs, trained: TrainTab) -> 
     )
     delete.click(ask, chosen, [asking, question, asked], api_name="ask_delete", **quiet)
     really.click(delete_it, asked, [asking, chosen, seen], api_name="delete", **quiet)
-    gr.on(
-        [chosen.change, never_mind.click],
-        lambda: gr.update(visible=False),
-        None,
-        asking,
-        trigger_mode="multiple",
-        api_visibility="private",
-        **quiet,
-    )
+    hide_at([chosen.change, never_mind.click], asking)
     on_last([chosen.change], show_comparison, chosen, compared, api_name="comparison", **quiet)
     heavy: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "heavy"}
     evaluate.click(evaluate_it, chosen, compared, api_name="evaluate", **quiet, **heavy)

@@ -12,7 +12,7 @@ from app.services import Services
 from app.sweep_forms import OWN_GRID, ROWS, TRAIN_FORM, Filled
 from app.sweep_live import sweep_html
 from app.tabs.downloads import download_button
-from app.tabs.events import on_last
+from app.tabs.events import hide_at, on_last
 from app.tabs.train import TrainTab
 from gapo_lite.errors import GapoError
 
@@ -284,9 +284,6 @@ def _wire_monitor(
         say(f"{name} was deleted.")
         return gr.update(visible=False), *_show(services, services.sweeps.watched())
 
-    def put_away() -> Any:
-        return gr.update(visible=False)
-
     asking = [monitor.asking, monitor.question, monitor.asked]
     on_last(
         [tab.select, monitor.chosen.input],
@@ -313,12 +310,4 @@ def _wire_monitor(
     monitor.really.click(
         delete, monitor.asked, [monitor.asking, *monitor.shown], api_name="delete_sweep", **_QUIET
     )
-    gr.on(
-        [monitor.chosen.change, monitor.never_mind.click],
-        put_away,
-        None,
-        monitor.asking,
-        trigger_mode="multiple",
-        api_visibility="private",
-        **_QUIET,
-    )
+    hide_at([monitor.chosen.change, monitor.never_mind.click], monitor.asking)

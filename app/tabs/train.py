@@ -14,7 +14,7 @@ from app.notices import calm, say
 from app.services import Services
 from app.tabs import fit
 from app.tabs.downloads import download_button
-from app.tabs.events import on_last
+from app.tabs.events import hide_at, on_last
 from app.tabs.settings import Inputs, input_of, wire_choices
 from gapo_lite.config import RunConfig
 from gapo_lite.errors import ConfigError
@@ -327,13 +327,5 @@ def _wire_monitor(services: Services, monitor: _Monitor, tab: gr.Tab) -> None:
         **quiet,
     )
     monitor.really.click(kill, monitor.asked, monitor.asking, api_name="kill", **quiet)
-    gr.on(
-        [monitor.watched.change, monitor.never_mind.click],
-        lambda: gr.update(visible=False),
-        None,
-        monitor.asking,
-        trigger_mode="multiple",
-        api_visibility="private",
-        **quiet,
-    )
+    hide_at([monitor.watched.change, monitor.never_mind.click], monitor.asking)
     monitor.resume.click(resume, view, [monitor.watched, monitor.live], api_name="resume", **quiet)

@@ -107,9 +107,21 @@ def test_settings_of_the_margin_redraw_the_figures_at_once_and_stand_in_the_form
     average = fact(panel, "average target margin")
     expect(average).to_be_visible()
     expect(panel.get_by_text("Lengths in tokens of the model")).to_be_visible()
+    page.evaluate(  # when the page shows it, by the browser's own clock
+        """() => new MutationObserver(() => {
+            const fact = [...document.querySelectorAll('.fact-row > span')]
+                .find((one) => one.innerText.startsWith('γ '));
+            if (fact && fact.innerText !== window.shown) {
+                window.shown = fact.innerText;
+                window.shownAt = performance.now();
+            }
+        }).observe(document.body, { subtree: true, childList: true, characterData: true })"""
+    )
     for gamma in (0.7, 1.3, 0.4):
+        began = page.evaluate("performance.now()")
         enter(panel, "γ (gamma)", gamma)
         expect(fact(panel, "γ")).to_have_text(f"{gamma:g}")
+        assert page.evaluate("window.shownAt") - began < 500 * SLACK
     before = of_title(panel, "Gap: log").inner_html()
     choose(panel, "mapping", "square")
     expect(of_title(panel, "Gap: square")).to_be_visible()
@@ -154,6 +166,10 @@ def test_margins_can_come_from_ratings_or_not_at_all(page: Any) -> None:
     expect(train.get_by_label("objective", exact=True)).to_have_value("dpo")
     expect(train.get_by_label("γ (gamma)", exact=True)).to_have_value("3")
     expect(train.locator(".formula")).to_contain_text("2305.18290")
+
+
+SLACK = 3
+"""A busy core, and a browser on the same one: alone it takes some 150 ms."""
 
 
 def test_an_uploaded_file_is_examined_line_by_line(page: Any, server: Any) -> None:
@@ -260,13 +276,17 @@ def test_a_redraw_is_fast_on_the_server_even_for_many_pairs(page: Any, server: A
     expect(fact(panel, "pairs").first).to_have_text("4,000")
     expect(of_title(panel, "Gap: log")).to_be_visible()
     process = psutil.Process(server.process.pid)
-    took = []
-    for gamma in (0.9, 0.8, 0.7):
-        began = sum(process.cpu_times()[:2])  # its own seconds: others on the machine are no matter
-        enter(panel, "γ (gamma)", gamma)
+    took, worked = [], []
+    for gamma in (0.9, 0.8, 0.7):  # the quickest: a busy machine slows one of them, not all
+        busy = sum(process.cpu_times()[:2])
+        with page.expect_response(re.compile("queue/join")):
+            began = time.monotonic()
+            enter(panel, "γ (gamma)", gamma)
         expect(fact(panel, "γ")).to_have_text(str(gamma))
-        took.append(sum(process.cpu_times()[:2]) - began)
-    assert min(took) < 0.5, took
+        took.append(time.monotonic() - began)
+        worked.append(sum(process.cpu_times()[:2]) - busy)
+    assert min(worked) < 0.5  # of the server's own processor time
+    assert min(took) < 0.5 * SLACK
 
 
 def test_the_page_rests_after_changes_that_came_faster_than_answers(page: Any) -> None:
