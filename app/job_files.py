@@ -15,8 +15,9 @@ from typing import Any
 
 from app.children import cleaned
 from gapo_lite.checkpoints import MANIFEST, list_checkpoints
+from gapo_lite.disk import replace_text, telling_disk_errors
 from gapo_lite.errors import RunError
-from gapo_lite.runs import Run, check_name, replace_text, telling_disk_errors
+from gapo_lite.runs import Run, check_name
 
 JOBS, ENDING = ".jobs", ".job"
 _TRACES = (".lock", "config.yaml", "status.json", "metrics.jsonl", "adapter")

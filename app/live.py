@@ -30,9 +30,10 @@ from app.guard import is_logged_in
 from app.notices import as_html
 from app.services import Services
 from gapo_lite.axes import number
+from gapo_lite.disk import read_jsonl
 from gapo_lite.errors import GapoError
 from gapo_lite.repetition import repetition
-from gapo_lite.runs import ACTIVE_STATES, Run, read_jsonl
+from gapo_lite.runs import ACTIVE_STATES, Run
 
 POLL_S = 0.5
 REMIND_S = 2.0

@@ -20,9 +20,9 @@ from pathlib import Path
 from gapo_lite.config import RunConfig
 from gapo_lite.data.files import READERS
 from gapo_lite.data.sources import HUB_ID
+from gapo_lite.disk import file_lock
 from gapo_lite.embedded import EMBEDDED_DATA, EMBEDDED_MODELS
 from gapo_lite.errors import ConfigError, DataError, GapoError, ModelError, RunError
-from gapo_lite.runs import file_lock
 
 SUFFIXES = [f"{suffix}{zipped}" for suffix in READERS for zipped in (".gz", "")]
 """How the name of a file that can be read ends."""

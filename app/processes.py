@@ -47,16 +47,9 @@ from app.job_files import (
     whole,
     write_record,
 )
+from gapo_lite.disk import file_lock, replace_text, telling_disk_errors
 from gapo_lite.errors import RunError
-from gapo_lite.runs import (
-    ACTIVE_STATES,
-    Run,
-    file_lock,
-    now,
-    remove_run,
-    replace_text,
-    telling_disk_errors,
-)
+from gapo_lite.runs import ACTIVE_STATES, Run, now, remove_run
 
 _PATIENCE = 15.0  # seconds that one change waits for another, such as the removal of a large run
 

@@ -19,8 +19,9 @@ import yaml
 
 from app import forms
 from app.places import Places
-from gapo_lite.config import RunConfig, read_yaml, setting_keys
+from gapo_lite.config import RunConfig, setting_keys
 from gapo_lite.errors import ConfigError, GapoError
+from gapo_lite.settings import read_yaml
 from gapo_lite.sweep_config import Contender, SweepConfig, contenders, parse_sweep
 from gapo_lite.sweep_presets import against_simpo, as_base
 

@@ -22,9 +22,10 @@ from app.children import cleaned
 from app.curves import Ends, summary
 from app.history import History, config_of, read_history, version
 from app.verdict_facts import Facts, Samples
+from gapo_lite.disk import read_jsonl
 from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.repetition import repetition
-from gapo_lite.runs import Run, read_jsonl
+from gapo_lite.runs import Run
 
 Level = Literal["good", "watch", "bad"]
 

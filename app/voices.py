@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from app.children import environment
+from gapo_lite.disk import telling_disk_errors
 from gapo_lite.errors import ConfigError, RunError
-from gapo_lite.runs import list_runs, telling_disk_errors
+from gapo_lite.runs import list_runs
 from gapo_lite.types import Message
 
 SIDES = ("base", "tuned")

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from app.voices import Request, readable
+from gapo_lite.disk import read_jsonl, telling_disk_errors
 from gapo_lite.errors import ConfigError, RunError
-from gapo_lite.runs import Run, now, read_jsonl, telling_disk_errors
+from gapo_lite.runs import Run, now
 
 CHOICES = ("left", "right", "tie", "both_bad")
 VOTES = "votes.jsonl"

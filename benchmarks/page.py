@@ -30,7 +30,7 @@ from pathlib import Path
 
 import common  # isort: skip  # first: it sets the environment
 
-from gapo_lite.runs import read_jsonl
+from gapo_lite.disk import read_jsonl
 
 VIEWERS = 20
 TURN_STEPS = 4

@@ -5,7 +5,7 @@ normalisation, and GaPO with other γ, β and learning rates, on real pairs.
     python benchmarks/results.py --threads 1 --sweep tuning     # cores: an hour and a half
     python benchmarks/results.py --docs                         # both pages, from what they left
 
-A thread each takes two thirds of the time of two threads for one after the other.
+A thread each takes 0.6 of the time that two threads take for one after the other.
 
 The sweeps configs/sweeps/{results,tuning}.yaml run on the pairs of `--pairs FILE --heldout FILE`
 of which prompt and longer response have at most `--tokens` tokens together, in the embedded model's

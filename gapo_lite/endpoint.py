@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from gapo_lite.disk import replace_text
 from gapo_lite.embedded import cache_dir
 from gapo_lite.errors import ConfigError, RunError
 from gapo_lite.journal import digest
-from gapo_lite.runs import replace_text
 from gapo_lite.types import Message
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gapo_lite.disk import file_lock, read_jsonl
 from gapo_lite.errors import RunError
-from gapo_lite.runs import file_lock, read_jsonl
 
 
 def digest(*parts: Any) -> str:

@@ -26,6 +26,7 @@ from gapo_lite.chat import Voice, voice_of
 from gapo_lite.checkpoints import list_checkpoints, newest_valid_checkpoint
 from gapo_lite.compare import group_by_ef
 from gapo_lite.config import RunConfig
+from gapo_lite.disk import replace_text
 from gapo_lite.ef.cache import cached_scores
 from gapo_lite.errors import RunError
 from gapo_lite.evaluate import PairScores, summarize
@@ -33,7 +34,7 @@ from gapo_lite.generate import answer_batch
 from gapo_lite.model import load_tokenizer
 from gapo_lite.preparation import Shared, prepare, split_once
 from gapo_lite.repetition import repetition
-from gapo_lite.runs import Run, remove_run, replace_text
+from gapo_lite.runs import Run, remove_run
 from gapo_lite.sweep_config import Answers, Cell, SweepConfig
 from gapo_lite.training import train
 from gapo_lite.types import Message

@@ -29,14 +29,12 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator
 from gapo_lite.config import (
     RunConfig,
     Section,
-    apply_override,
-    describe_invalid,
     parse_config,
-    read_yaml,
     used_settings,
 )
 from gapo_lite.ef import EVALUATION_FACTORS
 from gapo_lite.errors import ConfigError
+from gapo_lite.settings import apply_override, describe_invalid, read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 MOST_CELLS = 5000

@@ -23,16 +23,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gapo_lite.disk import replace_text, telling_disk_errors
 from gapo_lite.errors import RunError
-from gapo_lite.runs import (
-    ACTIVE_STATES,
-    Run,
-    create_run,
-    folders_with,
-    remove_run,
-    replace_text,
-    telling_disk_errors,
-)
+from gapo_lite.runs import ACTIVE_STATES, Run, create_run, folders_with, remove_run
 from gapo_lite.sweep_config import Cell, SweepConfig, cells_of, load_sweep, to_yaml
 
 ENDED = ("finished", "dropped")

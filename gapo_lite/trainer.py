@@ -29,12 +29,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from gapo_lite.batching import MicroBatchLimits, num_tokens, pack, pad
 from gapo_lite.checkpoints import commit_checkpoint, stage_path
 from gapo_lite.config import ObjectiveConfig
+from gapo_lite.disk import telling_disk_errors
 from gapo_lite.drift import last_good_step, with_fall
 from gapo_lite.errors import RunError
 from gapo_lite.evaluate import Collate, PairScores, pair_scores, score_heldout, summarize
 from gapo_lite.loss import PairLoss
 from gapo_lite.memory import peak_memory_gib
-from gapo_lite.runs import Run, telling_disk_errors
+from gapo_lite.runs import Run
 from gapo_lite.training_state import (
     load_optimizer,
     load_random_states,

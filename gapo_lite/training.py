@@ -34,6 +34,7 @@ from gapo_lite.checkpoints import (
     step_of,
 )
 from gapo_lite.config import RunConfig, TrainingConfig, settings_difference
+from gapo_lite.disk import telling_disk_errors
 from gapo_lite.drift import copy_adapter
 from gapo_lite.errors import ConfigError, GapoError
 from gapo_lite.evaluate import Collate
@@ -54,14 +55,7 @@ from gapo_lite.progress import scoring_progress
 from gapo_lite.records import write_beginnings
 from gapo_lite.reference import with_reference
 from gapo_lite.run_callback import RunCallback, status_record, stopping_on_signals
-from gapo_lite.runs import (
-    Run,
-    create_run,
-    device_lease,
-    open_run,
-    remove_run,
-    telling_disk_errors,
-)
+from gapo_lite.runs import Run, create_run, device_lease, open_run, remove_run
 from gapo_lite.sharding import shard_base
 from gapo_lite.trainer import GapoTrainer
 from gapo_lite.types import TokenizedPair

@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 
 from gapo_lite import endpoint as endpoint_module
 from gapo_lite.cli import app
+from gapo_lite.disk import read_jsonl
 from gapo_lite.endpoint import Endpoint
 from gapo_lite.errors import ConfigError, DataError
 from gapo_lite.judge import Verdict, cost, read_place
 from gapo_lite.pairing import pair_answers, read_answer_file
 from gapo_lite.prompts import load_prompts
-from gapo_lite.runs import read_jsonl
 
 KEY = "sk-secret-0123456789"
 

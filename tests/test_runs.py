@@ -17,8 +17,9 @@ from gapo_lite.checkpoints import (
     verify_checkpoint,
 )
 from gapo_lite.config import RunConfig
+from gapo_lite.disk import read_jsonl
 from gapo_lite.errors import RunError
-from gapo_lite.runs import create_run, device_lease, list_runs, open_run, read_jsonl
+from gapo_lite.runs import create_run, device_lease, list_runs, open_run
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,16 @@ def test_the_recipes_are_the_issue_s_and_each_table_has_its_rows() -> None:
         *(("linear", "scale"), ("square", "scale"), ("sqrt", "scale")),
         *(("log", "none"), ("log", "shift"), ("log", "scale")),
     }
-    assert len(found["results"]) == 14
+    # docs/results.md: all objectives and EFs of one, mappings and normalisations of the other
+    assert [one.name for one in found["results"]][:2] == ["simpo", "dpo"]
+    assert {one.config.ef.metric for one in found["results"][2:]} == metrics
+    assert len(found["results"]) == 9
+    (rouge,) = [one.config for one in found["results"] if one.name == "rougeL"]
+    tuned = [one.config for one in found["tuning"]]
+    settings = [(one.margin.mapping, one.margin.normalization) for one in [rouge, *tuned]]
+    assert set(settings) == how
+    assert len(tuned) == 11
+    assert {one.objective.name for one in tuned} == {"gapo"}
 
 
 def test_objectives_of_a_sweep_have_their_own_defaults_not_the_base_s() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from gapo_lite.runs import read_jsonl
+from gapo_lite.disk import read_jsonl
 
 pytest.register_assert_rewrite("browsing")
 

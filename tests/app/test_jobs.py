@@ -259,7 +259,7 @@ def test_a_training_of_the_command_line_is_found_and_stopped(runs_dir, config, t
 def _holder(lock, *arguments):
     """A process of its own group that holds a lock; `arguments` are what it looks like."""
     code = (
-        "import sys, time; from pathlib import Path; from gapo_lite.runs import file_lock\n"
+        "import sys, time; from pathlib import Path; from gapo_lite.disk import file_lock\n"
         f"with file_lock(Path({str(lock)!r})): print('held', flush=True); time.sleep(600)"
     )
     with subprocess.Popen(

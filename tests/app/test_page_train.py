@@ -79,6 +79,14 @@ def steps(server: Any, run: str) -> list[dict[str, Any]]:
     return [row for row in server.metrics(run) if "loss" in row]
 
 
+KEEP_NOTICES = """() => {
+    window.notices = [];
+    new MutationObserver(() => {
+        const shown = document.querySelectorAll('[data-testid="toast-text"]');
+        for (const {innerText} of shown)
+            if (innerText && !window.notices.includes(innerText)) window.notices.push(innerText);
+    }).observe(document.body, {subtree: true, childList: true, characterData: true});
+}"""
 LAST_STEP = """() => {
     const figures = [...document.querySelectorAll(".live figure.chart")];
     const loss = figures.find((one) => one.innerText.startsWith("Loss"));
@@ -439,9 +447,12 @@ def test_two_people_who_press_start_get_one_run_and_one_clear_answer(
     with visiting(chromium, server) as one, visiting(chromium, server) as two:
         for page in (one, two):
             load_settings(page, config)
+            page.evaluate(KEEP_NOTICES)  # one may be gone before the other page's is there
         one.get_by_role("button", name="Start training").click()
         two.get_by_role("button", name="▶ Start").click()  # the one that every tab has
-        told = [page.get_by_test_id("toast-text").first.inner_text() for page in (one, two)]
+        for page in (one, two):
+            page.wait_for_function("() => window.notices.length")
+        told = [page.evaluate("() => window.notices[0]") for page in (one, two)]
         (name,) = set(jobs.names(server.runs_dir)) - before
         first_won = told[0] == f"Started {name}."
         winner, loser = (one, two) if first_won else (two, one)

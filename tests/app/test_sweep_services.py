@@ -25,8 +25,9 @@ from app.sweep_forms import AGAINST, OWN_GRID, TRAIN_FORM, Filled, filled_from
 from app.sweep_live import SweepView, report_endpoint, sweep_html, sweep_parts
 from app.sweep_services import measured_margin
 from gapo_lite.config import parse_config
+from gapo_lite.disk import file_lock
 from gapo_lite.errors import ConfigError, GapoError, RunError
-from gapo_lite.runs import Run, file_lock, now
+from gapo_lite.runs import Run, now
 from gapo_lite.sweep_config import load_sweep
 
 DEMO = "Demo: embedded model, CPU or GPU"
