@@ -398,7 +398,6 @@ def test_contenders_of_two_sweeps_stand_in_one_table(tmp_path):
     assert settings["settings"] == rate  # all three have it
     assert settings["variants"][-1] == {"name": "linear", "settings": {"margin.mapping": "linear"}}
     assert settings["baseline"] == "simpo"
-    assert results.counts(both) == {"done": 9, "total": 9}
     report = results.report_of(both)
     assert "3 contenders on 3 seeds" in report
     assert re.search(r"\*\*linear\*\* \|.* 72\.0", report)
@@ -423,7 +422,8 @@ def test_the_numbers_of_the_pages_are_of_kills_and_seeds_and_name_nothing_local(
         assert all(cell["state"] == "finished" for cell in cells)
         seeds = Counter(cell["contender"] for cell in cells)
         assert len(seeds) == contenders
-        assert min(seeds.values()) >= 2
-        assert record["kills"]
+        assert set(seeds.values()) == {3}
+        assert len(record["kills"]) >= 2
+        assert all(kill["done"] < len(cells) for kill in record["kills"])
         assert record["wall_s"] < 4 * 3600
         assert not re.search(r"/(var|tmp|work|home|root)/", json.dumps(record))
