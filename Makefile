@@ -32,7 +32,7 @@ format: .venv/.ready-dev ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.ready-dev ## Print what README claims about speed and memory (CPU, about 20 minutes)
+bench: .venv/.ready-dev ## Print README's figures for scoring and the training step (CPU, about 20 minutes)
 	$(BIN)/python benchmarks/ef_scoring.py
 	$(BIN)/python benchmarks/training_step.py
 

@@ -14,7 +14,6 @@ both are there, since an adapter makes a model a little slower.
 from __future__ import annotations
 
 import json
-import math
 import secrets
 import threading
 from collections import Counter
@@ -25,6 +24,7 @@ from app.voices import Request, readable
 from gapo_lite.disk import read_jsonl, telling_disk_errors
 from gapo_lite.errors import ConfigError, RunError
 from gapo_lite.runs import Run, now
+from gapo_lite.statistics import wilson
 
 CHOICES = ("left", "right", "tie", "both_bad")
 VOTES = "votes.jsonl"
@@ -154,20 +154,6 @@ def tally(run: Run) -> Tally:
     if len(steps) > 1:
         sentence += f" They were cast on the adapter at {len(steps)} different steps."
     return Tally(base, tuned, tie, both_bad, rate, interval, sentence)
-
-
-def wilson(rate: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share.
-
-    Args:
-        rate: the share found, in [0, 1].
-        count: of how many, at least 1.
-    """
-    z = 1.959964
-    centre = rate + z * z / (2 * count)
-    half = z * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 _WINNERS = ("base", "tuned", "tie", "both_bad")

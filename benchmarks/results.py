@@ -69,6 +69,9 @@ def main() -> int:
         for name, text in documents().items():
             (ROOT / "docs" / name).write_text(text, encoding="utf-8")
         return 0
+    for source in (args.pairs, args.heldout):
+        if not source.is_file():
+            raise SystemExit(f"there is no file {source}: name one with --pairs and --heldout")
     args.work.mkdir(parents=True, exist_ok=True)
     for name, source in (("train", args.pairs), ("heldout", args.heldout)):
         out = args.work / f"{name}.jsonl"
@@ -291,8 +294,8 @@ def chosen(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str,
 
 
 def _killed(kills: list[dict[str, Any]]) -> str:
-    told = [f"in the run {kill['cell']} with {kill['done']} runs done" for kill in kills]
-    return ", ".join(told) or "never"
+    told = [f"{kill['cell']} ({kill['done']} runs done)" for kill in kills]
+    return f"during {' and '.join(told)}" if told else "never"
 
 
 _NOTE = """<!-- Written by `python benchmarks/results.py --docs` from benchmarks/results/. -->
@@ -309,25 +312,26 @@ other work; {{hours}} hours from start to end, pauses included. They were killed
 
 ## In plain words
 
-- **No per-pair margin is told from SimPO's constant one.** On average over the seeds every EF,
-  mapping and normalisation ends within two of the 61 held-out pairs of SimPO, and no interval
-  excludes 0. The seed matters more: SimPO's own three runs end at 31, 28 and 27 pairs. The paper's
-  claim is neither confirmed nor refuted by that: see below.
+- **No per-pair margin can be told apart from SimPO's constant one.** On average over the seeds
+  every EF, mapping and normalisation ends within two of the 61 held-out pairs of SimPO, and no
+  interval of a difference in accuracy excludes 0 (three answer at greater length). The seed matters
+  more: SimPO's own three runs end at 31, 28 and 27 pairs. The paper's claim is neither confirmed
+  nor refuted by that: see below.
 - **Why so little could differ.** The margins ask for 3 reward units on average and ten steps reach
   between −0.6 and 0.9 on the held-out pairs. As long as nearly all pairs are far below their
   margins, the loss pulls at all of them almost equally, whatever their margins are. A per-pair
   margin can only tell once some pairs have passed theirs.
 - **What does differ is how hard a setting pulls.** Without normalisation the mean margin is 14
   instead of 3; `none` and `shift` move the model most, to more accuracy and to less likely answers.
-- **All that is like SimPO ranks more pairs rightly by making both answers less likely**, the chosen
-  ones too, by 0.06 to 0.5 nats a token. DPO leaves them where they were, and by the average
+- **SimPO and all of GaPO rank more pairs rightly, but by making both answers less likely**, the
+  chosen ones too, by 0.06 to 0.53 nats a token. DPO leaves them where they were, and by the average
   log-probability, which it does not train, it ranks hardly better than the base; by its own reward
   it is right on about two thirds.
 - **Answers become long.** The base stops after 38 tokens; with all but DPO most answers run into
   the limit of 192, and repeat themselves. No judge has read them. Better accuracy is not better
   answers here.
 - **The gaps hardly follow the judge on these pairs.** The best EF's correlation is 0.22, that of
-  the difference of lengths 0.32; at equal lengths no EF's is told from 0.
+  the difference of lengths 0.32; at equal lengths no EF's can be told apart from 0.
 
 A model of 135 million parameters, ten steps and 61 held-out pairs can show what the code does and
 whether an effect is large. They cannot show what the paper claims, an 8B model's win rate on
@@ -352,7 +356,7 @@ One setting of GaPO with ROUGE-L changed at a time, by
    of a nat (`training.max_chosen_fall` warns at 0.5). With more steps, less.
 2. **γ: start at 0.3.** From 0.1 to 1 accuracy stays within two pairs of 61, and the chosen answers
    fall by half as much again. Lower it when they fall too far; a higher one only pulls harder.
-3. **β: leave it at 10.** 2.5 and 40 are not told from it.
+3. **β: leave it at 10.** 2.5 and 40 cannot be told apart from it.
 4. **EF, mapping: ROUGE-L and log, for want of a difference.** ROUGE-L needs no encoder and takes
    seconds. Ask `gapo-lite agree` first whether any gap follows your data's judgements.
 5. **Normalisation: scale.** It makes γ mean the same for all EFs and mappings. With `none` the mean

@@ -87,7 +87,7 @@ def train(
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Name of the new run; else the config file's.")
+        str | None, typer.Option(help="Name of the new run; default: the config file's.")
     ] = None,
     runs_dir: RunsDir = Path("runs"),
     resume: Annotated[
@@ -210,7 +210,9 @@ def score(
     ] = False,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="rouge (a–z and 0–9 only) or unicode (any script), for the same."),
+        typer.Option(
+            help="Words of jaccard and ROUGE: rouge (only a–z, 0–9) or unicode (any script)."
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Encoder for BERTScore.")] = None,
     layer: Annotated[int | None, typer.Option(help="Layer of the encoder.")] = None,
@@ -269,7 +271,9 @@ def agree(
     ] = False,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="rouge (a–z and 0–9 only) or unicode (any script), for the same."),
+        typer.Option(
+            help="Words of jaccard and ROUGE: rouge (only a–z, 0–9) or unicode (any script)."
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Encoder for BERTScore, which is left out without one.")
@@ -335,7 +339,7 @@ def evaluate(
     run: RunName,
     runs_dir: RunsDir = Path("runs"),
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Pairs a forward pass; else the run's.")
+        int | None, typer.Option(min=1, help="Pairs per forward pass; default: the run's.")
     ] = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Also write the numbers here.")
@@ -411,7 +415,7 @@ def plan(
         typer.Option("--set", metavar="KEY=VALUE", help="Overrides a setting. Repeatable."),
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="A card to plan for, such as 4090 or h100; else this one.")
+        str | None, typer.Option(help="A card such as 4090 or h100; default: this machine.")
     ] = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:

@@ -16,7 +16,8 @@ Merged = Annotated[
     bool | None,
     typer.Option(
         "--merged/--adapter",
-        help="The base model with the adapter merged in, or the adapter alone.",
+        help="The base model with the adapter merged in, or the adapter alone. With --gguf alone "
+        "merged, with --ollama the adapter; `share` takes the adapter where nothing is said.",
     ),
 ]
 Dtype = Annotated[
@@ -40,7 +41,7 @@ Gguf = Annotated[
 ]
 LlamaCpp = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Where llama.cpp lies; else $LLAMA_CPP or the PATH."),
+    typer.Option(metavar="FOLDER", help="Where llama.cpp lies; default: $LLAMA_CPP, the PATH."),
 ]
 
 
@@ -50,7 +51,7 @@ def export(
     merged: Merged = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="New folder; else exports/RUN-merged or exports/RUN-adapter."),
+        typer.Option(help="New folder; default: exports/RUN-merged or exports/RUN-adapter."),
     ] = None,
     dtype: Dtype = None,
     ollama: Ollama = False,
@@ -65,9 +66,8 @@ def export(
             "say what to export: --merged (base and adapter in one model) or --adapter (the "
             "adapter alone)."
         )
-    whole = not ollama if merged is None else merged
     folder = _exported(
-        run, runs_dir, whole, out, dtype, ollama, ollama_base, gguf, llama_cpp, repository=None
+        run, runs_dir, merged, out, dtype, ollama, ollama_base, gguf, llama_cpp, repository=None
     )
     size = sum(path.stat().st_size for path in folder.iterdir())
     typer.echo(f"{folder}: {size / 2**20:,.1f} MiB. Its README.md says how to load it.")
@@ -81,7 +81,7 @@ def export(
 def _exported(
     run: str,
     runs_dir: Path,
-    merged: bool,
+    merged: bool | None,
     out: Path | None,
     dtype: str | None,
     ollama: bool,
@@ -92,6 +92,8 @@ def _exported(
     repository: str | None,
 ) -> Path:
     """The folder of a new export; what can be refused is, before torch is loaded."""
+    if merged is None:
+        merged = gguf and not ollama
     if dtype is not None and not merged:
         raise ConfigError("--dtype is for merged weights: an adapter keeps its own. Leave it out.")
     if ollama_base is not None and not ollama:
@@ -137,7 +139,7 @@ def share(
     update: Annotated[
         bool, typer.Option("--update", help="Replace files of a repository that has some already.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Upload without asking.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="New folder for the export, which stays.")
     ] = None,
@@ -163,7 +165,7 @@ def share(
         folder = Path(run)
     else:
         folder = _exported(
-            *(run, runs_dir, bool(merged), out, dtype, ollama, ollama_base, gguf, llama_cpp),
+            *(run, runs_dir, merged, out, dtype, ollama, ollama_base, gguf, llama_cpp),
             repository=to,
         )
     shipment = sharing.look_over(folder, to, private=private)

@@ -296,7 +296,7 @@ class ObjectiveConfig(Section):
 
     @property
     def reward_scale(self) -> float:
-        """What a margin is multiplied by to be in reward units (METHOD.md, section 3)."""
+        """What a margin is multiplied by to be in reward units; see the README on β."""
         return self.beta if self.beta is not None and self.margin_scale == "beta" else 1.0
 
 
@@ -384,7 +384,7 @@ class TrainingConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _all_or_none_of_the_layers(cls, given: Any) -> Any:
-        """true and false stay what they were up to version 0.3, and are in all other trainers."""
+        """true and false mean all and none, as in all other trainers."""
         if isinstance(given, dict) and isinstance(given.get("gradient_checkpointing"), bool):
             return {**given, "gradient_checkpointing": float(given["gradient_checkpointing"])}
         return given
@@ -455,10 +455,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     whole.
 
     Raises:
-        ConfigError: the file is missing, empty or not YAML, or any setting is unknown or out of
-            range.
+        ConfigError: the file is missing, empty, not YAML or a sweep's, or any setting is unknown or
+            out of range.
     """
-    return parse_config(read_yaml(Path(path)), overrides, source=str(path))
+    settings = read_yaml(Path(path))
+    if "base" in settings:
+        raise ConfigError(f"{path} is a sweep, not a run's configuration: gapo-lite sweep {path}")
+    return parse_config(settings, overrides, source=str(path))
 
 
 def parse_config(

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,13 +55,21 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         RunError: the disk is full, fails, is read-only or not this user's.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with telling_disk_errors(path):
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+    part = part_of(path)
+    try:
+        with telling_disk_errors(path):
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """A hidden place beside a file or folder, where nobody else writes, another thread neither."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
 
 
 @contextlib.contextmanager
@@ -90,17 +99,16 @@ def file_lock(path: Path, *, probe: bool = False, patience: float = 0.0) -> Iter
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl file that is being appended to; nothing where it is not there yet."""
+    """Rows of a .jsonl file that is being appended to; nothing where it is not there yet. Lines
+    that are none are left out: the disk was full or lost power while they were written."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
     rows = []
     for line in data[: data.rfind(b"\n") + 1].splitlines():
-        try:
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:  # the disk lost power while this was written
-            break
     return rows
 
 

@@ -38,7 +38,7 @@ class Margins:
     """Target margins of some pairs, in the units of `logps_avg`.
 
     Attributes:
-        values: (N,) float64 target margins; multiply by β for reward units (METHOD.md, eq. 5).
+        values: (N,) float64 target margins; multiply by β for reward units (equation 5).
         gaps: (N,) float64 gaps before normalisation.
         mean_gap: mean gap of the training split: what held-out pairs are normalised by.
         num_floored: pairs whose EF lay below the floor and was raised to it.

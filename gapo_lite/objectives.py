@@ -6,7 +6,7 @@
 Symbols: lp = summed log-probability of a response, a = its average per scored token, |y| = its
 scored tokens, ρ = lp − the reference's lp, NLL = −a; w and l = chosen and rejected. Each function
 makes rewards r of them and compares Δr = r_w − r_l with the target margin m in reward units
-(METHOD.md, sections 3 and 5): −log σ(Δr − m), or max(0, δ + m − Δr).
+(docs/objectives.md): −log σ(Δr − m), or max(0, δ + m − Δr).
 
 Nothing here imports torch when it is imported, so that the configuration and the page know what an
 objective needs without it.

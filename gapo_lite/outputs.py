@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gapo_lite.disk import part_of
 from gapo_lite.errors import GapoError, RunError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def whole_file(out: Path) -> Iterator[Path]:
     Raises:
         RunError: the disk is full, read-only or not this user's.
     """
-    part = _beside(out)
+    part = part_of(out)
     try:
         with _explaining_disk_errors(out):
             yield part
@@ -76,7 +77,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
             f"{out} is there already and not empty; nothing was written. Choose another folder "
             "with --out."
         )
-    part = _beside(out)
+    part = part_of(out)
     new_parents = [path for path in part.parents if not path.exists()]
     try:
         with _explaining_disk_errors(out):
@@ -91,10 +92,6 @@ def whole_folder(out: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
-
-
-def _beside(out: Path) -> Path:
-    return out.with_name(f".{out.name}.part-{os.getpid()}")
 
 
 def _settle(path: Path) -> None:

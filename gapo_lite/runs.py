@@ -128,16 +128,19 @@ class Run:
         replace_text(self.path / name, text)
 
     def append(self, name: str, row: dict[str, Any]) -> None:
-        """Adds a line to a .jsonl file in one system call, so that a reader sees all of it or none.
+        """Adds a line to a .jsonl file, of which one process is the writer, in one system call, so
+        that a reader sees all of it or none.
 
         Raises:
-            RunError: the disk is full.
+            RunError: the disk is full; the file is as it was.
         """
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         descriptor = os.open(self.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             with telling_disk_errors(self.path / name):
+                before = os.fstat(descriptor).st_size
                 if os.write(descriptor, line) != len(line):
+                    os.ftruncate(descriptor, before)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)

@@ -4,6 +4,7 @@ in words. Knows no schema."""
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"there is no configuration file {path}.{hint}")
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path} is not readable as YAML: {' '.join(str(error).split())}"
-        ) from None
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{path} is not readable as YAML: {reason}") from None
     if not isinstance(settings, dict):
         raise ConfigError(
             f"{path} holds no settings: expected sections such as `model:` and `training:`."
@@ -50,7 +50,7 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: write key=value, for example margin.gamma=0.5.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except _UNREADABLE:
         value = text
     *parents, last = key.strip().split(".")
     for parent in parents:
@@ -70,18 +70,20 @@ def describe_invalid(error: ValidationError, known: Sequence[str]) -> str:
     return f"{noun} not usable.\n" + "\n".join(lines)
 
 
+_UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
+"""What PyYAML raises: dates such as 2026-13-45 and numbers of 5,000 digits are its ValueErrors,
+thousands of open brackets a RecursionError."""
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice (PyYAML would silently keep the last)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {key for key in keys if keys.count(key) > 1}
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = sorted(name for name, count in names.items() if count > 1)
         if twice:
             raise yaml.constructor.ConstructorError(
-                None,
-                None,
-                f"the key {sorted(map(str, twice))[0]!r} is given twice",
-                node.start_mark,
+                None, None, f"the key {twice[0]!r} is given twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
 

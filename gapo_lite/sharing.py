@@ -217,7 +217,7 @@ def _explaining(name: str, folder: Path) -> Iterator[None]:
 
 def _said(error: Exception) -> str:
     """An error's words on one line, without anything that is or looks like a token."""
-    text = " ".join(str(error).split())[:300] or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     if token := get_token():
         text = text.replace(token, "***")
-    return _TOKEN.sub("***", text)
+    return _TOKEN.sub("***", text)[:300]

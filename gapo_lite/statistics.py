@@ -87,7 +87,7 @@ def wilson(share: float, num: int) -> tuple[float, float]:
     z = 1.959963984540054
     middle = (share + z * z / (2 * num)) / (1 + z * z / num)
     half = z / (1 + z * z / num) * math.sqrt(share * (1 - share) / num + (z / (2 * num)) ** 2)
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def t_quantile(df: int, confidence: float = CONFIDENCE) -> float:

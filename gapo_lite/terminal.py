@@ -235,6 +235,7 @@ def show_forecast(forecast: Forecast) -> None:
     plan, work, device, gib = forecast.plan, forecast.work, forecast.device, 2**30
     dials = plan.dials
     limits = dials.limits
+    hours = f"{plan.hours:.3g} h" if plan.hours >= 1 else f"{plan.hours * 60:.3g} min"
     rows = [
         ("pairs to train on", f"{len(work.lengths):,}"),
         ("tokens a pair", f"{work.lengths.sum(axis=1).mean():,.0f}"),
@@ -246,8 +247,8 @@ def show_forecast(forecast: Forecast) -> None:
         ("memory at the peak", f"{plan.peak / gib:.1f} of {device.memory / gib:.0f} GiB"),
         ("pairs a second", f"{plan.pairs_per_second:.2f}"),
         ("tokens a second", f"{plan.tokens_per_second:,.0f}"),
-        ("an optimizer step", f"{plan.step_seconds:.1f} s"),
-        ("the whole run", f"{plan.hours:.2f} h"),
+        ("an optimizer step", f"{plan.step_seconds:.3g} s"),
+        ("the whole run", hours),
     ]
     show_table(("estimated, not measured", forecast.device.name), rows)
     for name, peak, speed in forecast.measured:

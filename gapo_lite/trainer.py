@@ -397,9 +397,9 @@ class GapoTrainer(Trainer):
             self._window_sums += torch.tensor(
                 own["window"], dtype=torch.float64, device=self.args.device
             )
-        if "limits" in own:  # not in version 0.3's
+        if "limits" in own:  # older checkpoints have none
             self.limits = MicroBatchLimits(**own["limits"])
-        self.pair_loss.running_gap = own.get("running_gap", 0.0)  # absent in version 0.3's
+        self.pair_loss.running_gap = own.get("running_gap", 0.0)  # older checkpoints have none
         self._seconds_before = own["elapsed_s"]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -121,6 +121,10 @@ def test_overrides_are_yaml_and_leave_the_settings_alone():
         ("- a", "holds no settings"),
         ("margin: {gamma: 1", "not readable as YAML"),
         ("margin:\n  gamma: 1\n  gamma: 2\n", "'gamma' is given twice"),
+        ("data: {source: 2026-13-45}", "not readable as YAML"),
+        (f"seed: {'9' * 5000}", "not readable as YAML"),
+        ("[" * 3000, "not readable as YAML: .*recursion"),
+        ("? [a, b]\n: 1\n? [a, b]\n: 2\n", "not readable as YAML: .*unhashable key"),
         ("margin: !!python/object/apply:os.system ['true']", "not readable as YAML"),
     ],
 )
@@ -129,6 +133,18 @@ def test_a_file_that_is_no_configuration_is_one_message(tmp_path, text, says):
     path.write_text(text)
     with pytest.raises(ConfigError, match=says):
         load_config(path)
+
+
+def test_sections_may_be_merged_as_yaml_allows(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data:\n  <<: {source: a.jsonl, max_length: 300}\n  max_length: 200\n")
+    config = load_config(path)
+    assert (config.data.source, config.data.max_length) == ("a.jsonl", 200)
+
+
+@pytest.mark.parametrize("value", ["2026-02-30", "[" * 3000])
+def test_an_override_that_yaml_cannot_read_is_text(value):
+    assert parse_config({}, [f"data.source={value}"]).data.source == value
 
 
 def test_a_missing_file_names_the_nearest(tmp_path):

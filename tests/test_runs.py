@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -17,9 +21,10 @@ from gapo_lite.checkpoints import (
     verify_checkpoint,
 )
 from gapo_lite.config import RunConfig
-from gapo_lite.disk import read_jsonl
+from gapo_lite.disk import read_jsonl, replace_text
 from gapo_lite.errors import RunError
-from gapo_lite.runs import create_run, device_lease, list_runs, open_run
+from gapo_lite.outputs import whole_file
+from gapo_lite.runs import Run, create_run, device_lease, list_runs, open_run
 
 
 @pytest.mark.parametrize(
@@ -97,6 +102,52 @@ def test_readers_drop_a_line_that_is_being_written(tmp_path):
     run.forget_after(1)
     assert [row["step"] for row in read_jsonl(run.path / "metrics.jsonl")] == [0, 1]
     assert run.metrics()[0]["text"] == "line\u2028separator"
+
+
+def test_what_a_full_disk_cut_costs_no_other_line(tmp_path):
+    run = Run(tmp_path)
+    run.append("votes.jsonl", {"winner": "tuned"})
+    whole = (tmp_path / "votes.jsonl").read_bytes()
+    with disk_of(len(whole) + 10), pytest.raises(RunError, match="cannot write .*votes.jsonl"):
+        run.append("votes.jsonl", {"winner": "base", "prompt": "x" * 50})
+    assert (tmp_path / "votes.jsonl").read_bytes() == whole
+    with (tmp_path / "votes.jsonl").open("ab") as file:
+        file.write(b"\0\0\0\n")  # power was lost
+    run.append("votes.jsonl", {"winner": "base"})
+    assert read_jsonl(tmp_path / "votes.jsonl") == [{"winner": "tuned"}, {"winner": "base"}]
+
+
+def test_a_file_that_does_not_fit_leaves_nothing_behind(tmp_path):
+    replace_text(tmp_path / "status.json", "old")
+    with disk_of(100), pytest.raises(RunError, match="cannot write"):
+        replace_text(tmp_path / "status.json", "y" * 500)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"status.json": "old"}
+
+
+def test_threads_that_replace_one_file_do_not_disturb_each_other(tmp_path):
+    def often(letter):
+        for _ in range(50):
+            replace_text(tmp_path / "report.md", letter * 1000)
+            with whole_file(tmp_path / "report.html") as part:
+                part.write_text(letter * 1000)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(often, "abcd"))
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.html"}
+    assert len(set((tmp_path / "report.md").read_text())) == 1
+
+
+@contextlib.contextmanager
+def disk_of(size):
+    """No file of this process may have more bytes than `size`."""
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def test_a_damaged_file_is_named(tmp_path):

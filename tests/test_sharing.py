@@ -279,11 +279,12 @@ def test_what_is_to_be_private_does_not_go_into_a_public_repository(api, folder)
             lambda: _hub_error(500, f"odd {TOKEN} hf_otherOther"),
             r"the Hub answered 500: odd \*\*\* ",
         ),
+        (lambda: _hub_error(500, "x" * 290 + TOKEN), r"the Hub answered 500: x+\*\*\*"),
         (lambda: OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set"),
         (lambda: HTTPError("Connection\nrefused"), r"cannot be reached \(Connection refused\)"),
         (lambda: TimeoutError("timed out"), r"the upload broke off \(timed out\)"),
     ],
-    ids=["401", "403", "500", "offline", "network", "timeout"],
+    ids=["401", "403", "500", "token over the edge", "offline", "network", "timeout"],
 )
 def test_a_failure_is_one_message_and_the_export_stays(api, folder, step, failure, message):
     before = {path: path.read_bytes() for path in folder.iterdir()}

@@ -114,5 +114,8 @@ def test_wilson_stays_between_0_and_1():
     # 0.5 of 100: 0.4038 to 0.5962 (Wilson, in Newcombe 1998)
     assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     low, high = wilson(0.0, 10)
-    assert low == pytest.approx(0, abs=1e-12)
+    assert low == 0.0
     assert high == pytest.approx(0.2775, abs=1e-4)
+    for num in range(1, 50):
+        assert wilson(1.0, num)[1] <= 1.0
+    assert wilson(1.0, 4) == pytest.approx((0.5101, 1.0), abs=1e-4)  # 4 / (4 + 1.96²)

@@ -9,9 +9,10 @@ from collections import Counter
 import pytest
 
 from app.voices import Request
-from app.votes import MAX_OPEN, Duels, shuffled, tally, wilson
+from app.votes import MAX_OPEN, Duels, shuffled, tally
 from gapo_lite.errors import ConfigError, RunError
 from gapo_lite.runs import Run
+from gapo_lite.statistics import wilson
 
 QUESTION = Request(
     "kind", "base", [{"role": "user", "content": "Hi"}], system="Be brief.", temperature=0.7, seed=3
@@ -177,15 +178,6 @@ def test_a_vote_on_a_run_that_was_deleted_is_refused_and_stays_open(run):
 
 
 # -- the tally --
-
-
-def test_wilson_gives_the_textbook_interval():
-    low, high = wilson(0.5, 100)
-    assert low == pytest.approx(0.4038, abs=1e-4)
-    assert high == pytest.approx(0.5962, abs=1e-4)
-    low, high = wilson(1.0, 4)  # 4 / (4 + 1.96²)
-    assert (low, high) == (pytest.approx(0.5101, abs=1e-4), pytest.approx(1.0))
-    assert wilson(0.0, 4)[0] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_run_without_votes_says_so(run):
