@@ -26,7 +26,7 @@ from app.processes import Worker, changing, worker_of
 from gapo_lite.errors import ConfigError, RunError
 from gapo_lite.runs import Run, check_name, remove_run
 from gapo_lite.sweep_config import SweepConfig
-from gapo_lite.sweep_folder import ENDED, SweepFolder, create_sweep
+from gapo_lite.sweep_folder import SweepFolder, create_sweep
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,7 @@ def resume(runs_dir: Path, name: str) -> None:
         RunError: there is no such sweep, nothing is left of it to do, or another one is at work.
     """
     folder = existing(runs_dir, name)
-    results = folder.results()
-    if all(results.get(cell.run, {}).get("state") in ENDED for cell in folder.cells):
+    if not folder.to_come():
         raise RunError(f"the sweep {name} is finished, so there is nothing to go on with.")
     with changing(runs_dir):
         processes.refuse_while_another_trains(runs_dir)

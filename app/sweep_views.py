@@ -170,7 +170,7 @@ def _state_of(cell: CellResult, begun: tuple[str, int, int] | None) -> str:
         return '<span class="subtle">to come</span>'
     if begun and cell.state == "missing" and begun[2]:
         return f"{badge(state)} {begun[1]} of {begun[2]}"
-    if state == "dropped" and "step" in cell.values:
+    if state in ("dropped", "drifted") and "step" in cell.values:
         return f"{badge(state)} at step {cell.values['step']:.0f}"
     return badge(state)
 

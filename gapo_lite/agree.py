@@ -3,12 +3,12 @@
     agree(load_pairs("pairs.jsonl").pairs).sentence
 
 For each evaluation factor: Spearman's rank correlation of its gap with the data's own judgement,
-which is the difference of ratings where pairs have them, else `strength`. A rank correlation is the
-same for every mapping of EF to gap (all fall), and so for the margins under every normalisation; of
-the floor it sees nothing. Beside it stands what the difference of lengths alone (characters of
-chosen minus those of rejected) says of the judgement, and what is left of each metric with that
-difference held fixed (the partial rank correlation): judges like long answers, and long answers
-have less in common with short ones.
+which is the difference of ratings, or `strength` where more pairs have one. A rank correlation is
+the same for every mapping of EF to gap (all fall), and so for the margins under every
+normalisation; of the floor it sees nothing. Beside it stands what the difference of lengths alone
+(characters of chosen minus those of rejected) says of the judgement, and what is left of each
+metric with that difference held fixed (the partial rank correlation): judges like long answers, and
+long answers have less in common with short ones.
 
 Intervals are percentiles of a seeded bootstrap over prompts: pairs of one prompt are drawn together
 because they are not independent.
@@ -195,11 +195,12 @@ def _judgement(pairs: Sequence[PreferencePair]) -> tuple[str, list[PreferencePai
     """Its name, the pairs that have one, and its values (N,)."""
     ratings = np.array([pair.rating_gap for pair in pairs], np.float64)
     strengths = np.array([pair.strength for pair in pairs], np.float64)  # None becomes NaN
-    for name, values in (("ratings", ratings), ("strength", strengths)):
-        known = np.isfinite(values)
-        if known.any():
-            judged = [pair for pair, is_known in zip(pairs, known, strict=True) if is_known]
-            return name, judged, values[known]
+    judgements = {"ratings": ratings, "strength": strengths}
+    name = max(judgements, key=lambda name: np.isfinite(judgements[name]).sum())
+    known = np.isfinite(judgements[name])
+    if known.any():
+        judged = [pair for pair, is_known in zip(pairs, known, strict=True) if is_known]
+        return name, judged, judgements[name][known]
     raise DataError(
         f"none of {len(pairs)} pairs was judged: there is neither a number from 0 to 1 in "
         "`strength`, nor ratings of both responses. Name their columns (--strength COLUMN, or "
@@ -255,18 +256,29 @@ def _in_words(
     if num_prompts < FEWEST_PROMPTS:
         few = f" With {num_prompts} prompts all of this may be chance."
     return (
-        f"Of these metrics, {best.metric}'s gap follows {judgement} best, and does so "
-        f"{_degree(best.gap)} ({_figures(best.gap)}).{_about_length(best, length)}"
+        f"{_about_best(best, judgement)} ({_figures(best.gap)}).{_about_length(best, length)}"
         f"{_about_fixed(ranked)}{few}"
+    )
+
+
+def _about_best(best: MetricAgreement, judgement: str) -> str:
+    if best.gap.high is not None and best.gap.high < 0:
+        return (
+            f"No metric's gap follows {judgement}: all go the opposite way, {best.metric}'s the "
+            "least"
+        )
+    return (
+        f"Of these metrics, {best.metric}'s gap follows {judgement} best, and does so "
+        f"{_degree(best.gap)}"
     )
 
 
 def _degree(found: Correlation) -> str:
     rho = found.rho or 0.0
-    if found.low is not None and found.low <= 0:
-        return "not for certain"
     if rho <= 0:
         return "not at all"
+    if found.low is not None and found.low <= 0:
+        return "not for certain"
     return next(word for below, word in _DEGREES if rho <= below)
 
 
@@ -274,7 +286,7 @@ def _about_length(best: MetricAgreement, length: Correlation) -> str:
     if length.rho is None:
         return " All differences of lengths are the same, so they say nothing."
     gap = best.gap.rho or 0.0
-    compared = "does better" if abs(length.rho) > abs(gap) else "does not do better"
+    compared = "does better" if abs(length.rho) > max(gap, 0.0) else "does not do better"
     return f" The difference of lengths alone {compared} ({_figures(length)})."
 
 

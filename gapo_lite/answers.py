@@ -1,6 +1,7 @@
 """Files of answers: written as benchmarks read them, and read again to be judged.
 
-answers      .jsonl: {"prompt", "answer"}, or {"prompt", "base", "tuned"} of a run
+answers      .jsonl: {"prompt", "answer"}, or {"prompt", "base", "tuned"} of a run; and
+             "num_tokens" of each answer, by its field
 alpaca_eval  .json: AlpacaEval's model_outputs.json, a list of {"instruction", "output",
              "generator", "dataset"}; it looks for others of its columns, not for ours
 mt_bench     .jsonl: FastChat's data/mt_bench/model_answer/<model>.jsonl
@@ -76,14 +77,25 @@ def check_prompts(kind: str, prompts: Sequence[Prompt]) -> None:
     """Refuses prompts that a format cannot hold, before any of them is answered.
 
     Raises:
-        DataError: one has several turns or no id where the format needs another; or one id twice.
+        DataError: one has several turns, a system prompt or a history where the format holds none,
+            or no id where it needs one; or one id is used twice.
     """
-    if kind not in ("mt_bench", "arena_hard"):
-        if any(prompt.followups for prompt in prompts):
+    if kind in ("answers", "alpaca_eval") and any(prompt.followups for prompt in prompts):
+        raise DataError(
+            f"some prompts have several turns, which the format {kind} cannot hold. Give "
+            "--format mt_bench."
+        )
+    for number, prompt in enumerate(prompts, start=1):
+        holds_all = kind == "answers" or (
+            kind == "arena_hard" and prompt.row.get("uid") is not None
+        )
+        if len(prompt.messages) > 1 and not holds_all:
             raise DataError(
-                f"some prompts have several turns, which the format {kind} cannot hold. Give "
-                "--format mt_bench."
+                f"prompt {number} has a system prompt or earlier turns, which the format {kind} "
+                "leaves out, so that its answer would be judged without them. Give --format "
+                "answers."
             )
+    if kind not in ("mt_bench", "arena_hard"):
         return
     names = ("question_id",) if kind == "mt_bench" else ("uid", "question_id")
     ids = [_id_of(prompt, names) for prompt in prompts]
@@ -120,6 +132,7 @@ def _answers(prompts: Sequence[Prompt], sides: Sides, model: str) -> str:
         alone = len(prompt.messages) == 1
         row: dict[str, Any] = {"prompt": prompt.text if alone else prompt.messages}
         row |= {side: answered.turns[0].text for side, answered in said.items()}
+        row["num_tokens"] = {side: answered.turns[0].num_tokens for side, answered in said.items()}
         problem = next((answered.problem for answered in said.values() if answered.problem), "")
         rows.append(row | ({"problem": problem} if problem else {}))
     return _jsonl(rows)

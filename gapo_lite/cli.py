@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -214,7 +214,13 @@ def score(
             help="Words of jaccard and ROUGE: rouge (only a–z, 0–9) or unicode (any script)."
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Encoder for BERTScore.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Encoder for BERTScore; default: roberta-large from the Hub. "
+            "embedded:all-minilm-l6-v2 needs no network."
+        ),
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="Layer of the encoder.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Texts the encoder reads at once.")] = None,
 ) -> None:
@@ -276,7 +282,11 @@ def agree(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Encoder for BERTScore, which is left out without one.")
+        str | None,
+        typer.Option(
+            help="Encoder for BERTScore, which is left out without one: roberta-large from the "
+            "Hub, or embedded:all-minilm-l6-v2, which needs no network."
+        ),
     ] = None,
     layer: Annotated[int | None, typer.Option(help="Layer of the encoder.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the intervals.")] = 0,
@@ -306,8 +316,11 @@ def agree(
         )
     if loaded.problems:
         logger.warning("%s", describe_problems(loaded))
+    pairs = loaded.pairs
+    if columns:  # nothing else is asked for, though more pairs may have a strength
+        pairs = [replace(pair, strength=None) for pair in pairs]
     found = agreement_of(
-        loaded.pairs,
+        pairs,
         options={**options, "use_stemmer": use_stemmer},
         seed=seed,
         show_progress=True,

@@ -49,7 +49,7 @@ def generate(
     ] = False,
     model_id: Annotated[
         str | None,
-        typer.Option(help="The model's name in the file; else the run's, or the file's."),
+        typer.Option(help="The model's name in the file; default: the run's, or the file's."),
     ] = None,
     runs_dir: RunsDir = Path("runs"),
     temperature: Annotated[
@@ -123,16 +123,22 @@ def _answer(
 
 
 def _check_some(answers: dict[str, list[Answered]]) -> None:
-    """Tells how many prompts have no answer; none at all is an error."""
-    said = next(iter(answers.values()))
-    problems = [answered.problem for answered in said if answered.problem]
-    if len(problems) == len(said):
-        raise DataError(f"no prompt could be answered; the first: {problems[0]}")
-    if problems:
-        note(f"warning: {len(problems)} of {len(said)} prompts have no answer (see above).")
-    short = sum(turn.cut_short for answered in said for turn in answered.turns)
-    if short:
-        note(f"{short} of {len(said)} answers were ended by --max-tokens, not by the model.")
+    """Tells how many prompts have no answer; none at all is an error. And how many answers were cut
+    short, of each side."""
+    for side, said in answers.items():
+        problems = [answered.problem for answered in said if answered.problem]
+        whose, num = "" if side == "answer" else f"{side}: ", len(said)
+        if len(problems) == num:
+            raise DataError(f"{whose}no prompt could be answered; the first: {problems[0]}")
+        if problems:
+            note(f"warning: {whose}{len(problems)} of {num} prompts have no answer (see above).")
+        turns = [turn for answered in said if not answered.problem for turn in answered.turns]
+        short = sum(turn.cut_short for turn in turns)
+        if short:
+            note(
+                f"{whose}{short} of {len(turns)} answers were ended by --max-tokens, not by the "
+                "model."
+            )
 
 
 def _model_name(voice: Voice, kind: str, base: bool, out: Path) -> str:
@@ -152,7 +158,8 @@ def judge(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The judge: a model behind $OPENAI_BASE_URL, with the key $OPENAI_API_KEY."
+            help="The judge: a model behind $OPENAI_BASE_URL (default: OpenAI's own), with the key "
+            "$OPENAI_API_KEY."
         ),
     ] = None,
     reward_model: Annotated[
@@ -162,7 +169,7 @@ def judge(
         str | None,
         typer.Option(metavar="FILE|HUB_ID", help="The question.jsonl of MT-Bench or Arena-Hard."),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask before it costs.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Send without asking.")] = False,
     price_in: Annotated[
         float | None, typer.Option(min=0, help="Price of a million tokens that are read.")
     ] = None,
@@ -173,55 +180,61 @@ def judge(
     timeout: Annotated[
         float, typer.Option(min=0.1, max=86400, help="Seconds for one request.")
     ] = 60.0,
-    retries: Annotated[int, typer.Option(min=0, help="How often a failed one is sent again.")] = 6,
+    retries: Annotated[
+        int, typer.Option(min=0, help="How often a failed request is sent again.")
+    ] = 6,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 512,
     length_control: Annotated[
         Literal["logistic", "alpaca_eval"],
         typer.Option(help="alpaca_eval adds AlpacaEval's own, for its own prompts."),
     ] = "logistic",
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the intervals.")] = 0,
 ) -> None:
     """Compare two files of answers: win rate and length, and what length explains. Resumable."""
     if (model is None) == (reward_model is None):
         raise ConfigError("say who judges: either --model NAME or --reward-model NAME.")
+    from gapo_lite.journal import open_journal
     from gapo_lite.judgement import show_summary, summarize, verdict_rows
-    from gapo_lite.pairing import pair_answers, read_answer_file, split_spec
+    from gapo_lite.pairing import check_two, pair_answers, read_answer_file, split_spec
     from gapo_lite.prompts import load_prompts
-    from gapo_lite.win_rates import check_alpaca_eval
+    from gapo_lite.win_rates import in_alpaca_eval_order
 
     for source in (split_spec(a)[0], split_spec(b)[0], prompts or ""):
         check_out(out, source)
     questions = load_prompts(prompts) if prompts else []
     first, second = (read_answer_file(spec, questions) for spec in (a, b))
+    check_two(a, b, first, second)
     pairs, num_unpaired = pair_answers(first, second)
     if length_control == "alpaca_eval":
-        check_alpaca_eval(len(pairs))
-    if model is not None:
-        from gapo_lite.endpoint import Endpoint
+        pairs = in_alpaca_eval_order(pairs)
+    with open_journal(out) as journal:  # of a reward model; and nobody else writes this file
+        if model is not None:
+            from gapo_lite.endpoint import Endpoint
 
-        endpoint = Endpoint.from_environment(
-            model, max_tokens=max_tokens, timeout=timeout, retries=retries
+            endpoint = Endpoint.from_environment(
+                model, max_tokens=max_tokens, timeout=timeout, retries=retries
+            )
+            name = endpoint.name
+            _agree_to_cost(endpoint, pairs, price_in, price_out, yes)
+            verdicts = _ask(endpoint, pairs, workers)
+        else:
+            name = str(reward_model)
+            verdicts = _score(name, pairs, journal)
+        summary = summarize(
+            first.name,
+            second.name,
+            name,
+            pairs,
+            verdicts,
+            num_unpaired=num_unpaired,
+            length_control=length_control,
+            seed=seed,
         )
-        name = endpoint.name
-        _agree_to_cost(endpoint, pairs, price_in, price_out, yes)
-        verdicts = _ask(endpoint, pairs, workers)
-    else:
-        name = str(reward_model)
-        verdicts = _score(name, pairs, out)
-    summary = summarize(
-        first.name,
-        second.name,
-        name,
-        pairs,
-        verdicts,
-        num_unpaired=num_unpaired,
-        length_control=length_control,
-        seed=seed,
-    )
-    rows = verdict_rows(pairs, verdicts)
-    with whole_file(out) as part:
-        text = json.dumps({"summary": summary, "verdicts": rows}, indent=1, ensure_ascii=False)
-        part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # is JSON's too
+        rows = verdict_rows(pairs, verdicts)
+        with whole_file(out) as part:
+            text = json.dumps({"summary": summary, "verdicts": rows}, indent=1, ensure_ascii=False)
+            # half of a character in an answer is JSON's too
+            part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     show_summary(summary)
     typer.echo(f"written to {out}")
 
@@ -238,11 +251,14 @@ def _agree_to_cost(
     due = cost(endpoint, pairs)
     note(
         f"{endpoint.name}: {due.requests:,} requests for {len(pairs):,} pairs (each in both "
-        f"orders; {due.kept:,} replies are kept from before), about {due.tokens_in:,} tokens in, "
-        f"at most {due.tokens_out:,} out."
+        f"orders; {due.kept:,} replies are kept from before), {due.most_requests:,} at most, since "
+        "a reply that names no answer is asked for once more. These read about "
+        f"{due.tokens_in:,} tokens and write at most {due.tokens_out:,}; requests that fail and "
+        "are sent again come on top."
     )
     if price_in is not None or price_out is not None:
-        note(f"At most {due.price(price_in or 0.0, price_out or 0.0):,.4f} at the given prices.")
+        price = due.price(price_in or 0.0, price_out or 0.0)
+        note(f"At most about {price:,.4f} at the given prices.")
     if not due.requests or yes:
         return
     if not sys.stdin.isatty():
@@ -255,16 +271,23 @@ def _ask(endpoint: Endpoint, pairs: list[AnswerPair], workers: int) -> list[Verd
     from gapo_lite.judge import judge_pairs
     from gapo_lite.progress import counting_progress
 
-    with counting_progress("judging", "pairs") as progress:
-        return judge_pairs(endpoint, pairs, workers=workers, progress=progress)
+    try:
+        with counting_progress("judging", "pairs") as progress:
+            return judge_pairs(endpoint, pairs, workers=workers, progress=progress)
+    finally:
+        spent, counted = endpoint.spent, ""
+        if spent.tokens_in or spent.tokens_out:
+            counted = (
+                f"; the server counted {spent.tokens_in:,} tokens in and {spent.tokens_out:,} out"
+            )
+        if spent.requests:
+            note(f"It took {spent.requests:,} requests{counted}.")
 
 
-def _score(name: str, pairs: list[AnswerPair], out: Path) -> list[Verdict]:
-    from gapo_lite.journal import open_journal
+def _score(name: str, pairs: list[AnswerPair], journal: Journal) -> list[Verdict]:
     from gapo_lite.progress import counting_progress
     from gapo_lite.reward_model import load_reward_model, score_pairs_by
 
-    with open_journal(out) as journal:
-        reward = load_reward_model(name)
-        with counting_progress("scoring", "pairs") as progress:
-            return score_pairs_by(reward, pairs, journal, progress)
+    reward = load_reward_model(name)
+    with counting_progress("scoring", "pairs") as progress:
+        return score_pairs_by(reward, pairs, journal, progress)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +13,7 @@ from gapo_lite.errors import ConfigError
 from gapo_lite.terminal import note
 
 if TYPE_CHECKING:
-    from gapo_lite.sweep_config import SweepConfig
+    from gapo_lite.sweep_config import Cell, SweepConfig
     from gapo_lite.sweep_folder import SweepFolder
 
 
@@ -41,16 +42,19 @@ def sweep(
     ] = None,
     max_runs: Annotated[int | None, typer.Option(min=1, help="Train at most so many runs.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and list the runs; train nothing.")
+        bool,
+        typer.Option("--dry-run", help="Check and list the runs that are to come; train nothing."),
     ] = False,
 ) -> None:
     """Train every combination of some settings, one after the other, and compare them."""
+    from gapo_lite.sweep_config import cells_of
     from gapo_lite.sweep_folder import create_sweep, open_sweep
 
     if resume is None:
         given = _loaded(config, settings or [])
         if dry_run:
-            _list_cells(given, name or (config.stem if config else "sweep"))
+            cells = cells_of(given, name or (config.stem if config else "sweep"))
+            _list(cells, f"{len(cells)} runs, {len(given.seeds)} of each contender.")
             return
         default = config.stem if config else "sweep"
         folder = create_sweep(given, runs_dir, name, default)
@@ -61,6 +65,10 @@ def sweep(
                 "--set, or start a new one."
             )
         folder = open_sweep(resume, runs_dir)
+        if dry_run:
+            cells = folder.to_come()
+            _list(cells, f"{len(cells)} of {len(folder.cells)} runs are to come.")
+            return
     _run(folder, hours, max_runs)
 
 
@@ -74,13 +82,10 @@ def _loaded(config: Path | None, settings: list[str]) -> SweepConfig:
     return load_sweep(config, settings)
 
 
-def _list_cells(config: SweepConfig, name: str) -> None:
-    from gapo_lite.sweep_config import cells_of
-
-    cells = cells_of(config, name)
+def _list(cells: list[Cell], words: str) -> None:
     for cell in cells:
         typer.echo(cell.run)
-    note(f"{len(cells)} runs, {len(config.seeds)} of each contender. Nothing was trained.")
+    note(f"{words} Nothing was trained.")
 
 
 def _run(folder: SweepFolder, hours: float | None, max_runs: int | None) -> None:
@@ -89,13 +94,24 @@ def _run(folder: SweepFolder, hours: float | None, max_runs: int | None) -> None
     own = folder.config
     budget = Budget(hours or own.hours, max_runs or own.max_runs)
     state = run_sweep(folder, budget=budget, tell=note)
-    results = [record["state"] for record in folder.results().values()]
+    results = [_how_it_ended(record) for record in folder.results().values()]
     typer.echo(
         f"{folder.path}: {state}, {results.count('finished')} of {len(folder.cells)} runs finished"
-        + "".join(f", {results.count(s)} {s}" for s in ("dropped", "failed") if s in results)
+        + "".join(
+            f", {results.count(how)} {how}"
+            for how in ("stopped by the drift guard", "dropped", "failed")
+            if how in results
+        )
     )
+    known_as = folder.name if folder.runs_dir == Path("runs") else str(folder.path)
+    note(f"Its report: gapo-lite report {shlex.quote(known_as)}")
     if state != "finished":
         raise typer.Exit(EXIT_STOPPED)
+
+
+def _how_it_ended(record: dict[str, Any]) -> str:
+    is_drift = record.get("stopped_by") == "drift"
+    return "stopped by the drift guard" if is_drift else str(record["state"])
 
 
 @app.command()

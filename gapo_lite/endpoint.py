@@ -22,7 +22,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,7 +43,8 @@ _BUSY = {408, 409, 425, 429}
 
 
 class NonsenseError(Exception):
-    """A reply without a text: no JSON, cut off, HTML, or empty; never leaves the package."""
+    """A reply that is no chat completion: no JSON, cut off, HTML, or an error; never leaves the
+    package."""
 
 
 class StoppedError(Exception):
@@ -66,15 +67,26 @@ class Reply:
     """What the model said.
 
     Attributes:
-        text: not empty.
-        tokens_in, tokens_out: as the server counted, None where it does not say.
-        paid: whether it was asked now, not kept from before.
+        text: "" where it said nothing.
+        was_cut: whether max_tokens ended it.
     """
 
     text: str
-    tokens_in: int | None
-    tokens_out: int | None
-    paid: bool
+    was_cut: bool = False
+
+
+@dataclass(slots=True)
+class Spent:
+    """What asking has taken so far.
+
+    Attributes:
+        requests: that were sent, those that failed too.
+        tokens_in, tokens_out: as the server counted; 0 where it does not say.
+    """
+
+    requests: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
 
 
 @dataclass(slots=True)
@@ -90,6 +102,7 @@ class Endpoint:
         retries: how often a request that failed is sent again.
         kept_in: folder of the replies.
         stopped: set it to give up waiting, and all that is not sent yet.
+        spent: by this object, in all threads.
     """
 
     url: str
@@ -100,6 +113,8 @@ class Endpoint:
     retries: int = 6
     kept_in: Path = field(default_factory=lambda: cache_dir() / "judge")
     stopped: threading.Event = field(default_factory=threading.Event)
+    spent: Spent = field(default_factory=Spent)
+    _counting: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _asking: dict[Path, threading.Lock] = field(default_factory=dict, repr=False)
     _untaken: set[str] = field(default_factory=set, repr=False)
 
@@ -135,7 +150,7 @@ class Endpoint:
         """The reply of an earlier call, which costs nothing."""
         try:
             row = json.loads(self._place(messages, attempt).read_text(encoding="utf-8"))
-            return Reply(row["text"], row["tokens_in"], row["tokens_out"], paid=False)
+            return Reply(str(row["text"]), bool(row.get("was_cut")))
         except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged: it is asked anew
             return None
 
@@ -147,7 +162,7 @@ class Endpoint:
             attempt: another number asks again, though the reply to this one is kept.
 
         Raises:
-            NonsenseError: what came back holds no text.
+            NonsenseError: what came back is no chat completion; it is not kept.
             RefusedError: the server refuses this request, perhaps not the next.
             StoppedError: `stopped` is set.
             ConfigError: the server refuses the key, or knows no such model or address.
@@ -157,11 +172,14 @@ class Endpoint:
         with self._asking.setdefault(place, threading.Lock()):  # the same is asked once at a time
             if reply := self.kept(messages, attempt):
                 return reply
-            text, tokens_in, tokens_out = _read_reply(self._send_as_taken(self._body(messages)))
+            reply, tokens_in, tokens_out = self._read(self._send_as_taken(self._body(messages)))
+            with self._counting:
+                self.spent.tokens_in += tokens_in or 0
+                self.spent.tokens_out += tokens_out or 0
             place.parent.mkdir(parents=True, exist_ok=True)
-            row = {"text": text, "tokens_in": tokens_in, "tokens_out": tokens_out}
+            row = {**asdict(reply), "tokens_in": tokens_in, "tokens_out": tokens_out}
             replace_text(place, json.dumps(row))
-        return Reply(text, tokens_in, tokens_out, paid=True)
+        return reply
 
     def _body(self, messages: Sequence[Message]) -> dict[str, Any]:
         return {
@@ -203,12 +221,15 @@ class Endpoint:
                 wait = last.wait or _backoff(number)  # 0, or a date that is past here, is no wait
                 logger.info("%s; asked again in %.0f s", last, wait)
                 self.stopped.wait(wait)
+        often = f"{self.retries + 1} times in a row; the last time" if self.retries else "once"
         raise RunError(
-            f"{self.name} failed {self.retries + 1} times in a row; the last time: {last}. What "
-            "was judged is kept: give the same command again when it is back."
+            f"{self.name} failed {often}: {last}. What was judged is kept: give the same command "
+            "again when it is back."
         )
 
     def _send_once(self, body: dict[str, Any]) -> bytes:
+        with self._counting:
+            self.spent.requests += 1
         headers = {"Content-Type": "application/json", "User-Agent": "gapo-lite"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -259,9 +280,26 @@ class Endpoint:
             )
         return _BusyError(f"{self.name} answers {error.code} {said}".strip(), wait)
 
+    def _read(self, body: bytes) -> tuple[Reply, int | None, int | None]:
+        """The reply, and the tokens that the server counted in and out."""
+        try:
+            found = json.loads(body)
+            choice = found["choices"][0]
+            text = choice["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+            said = self._harmless(_error_of(body))
+            raise NonsenseError(said or "the reply is no chat completion") from None
+        usage = found.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
+        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        tokens_in, tokens_out = (count if isinstance(count, int) else None for count in counts)
+        text = text if isinstance(text, str) and text.strip() else ""
+        return Reply(text, choice.get("finish_reason") == "length"), tokens_in, tokens_out
+
     def _harmless(self, text: str) -> str:
-        text = " ".join(text.split())[:300]
-        return text.replace(self.key, "…") if self.key else text
+        text = " ".join(text.split())
+        # before it is cut, or the beginning of a key might be left at the end
+        return (text.replace(self.key, "…") if self.key else text)[:300]
 
 
 class _BusyError(Exception):
@@ -320,32 +358,16 @@ def _read_body(response: http.client.HTTPResponse, deadline: float) -> bytes:
     return b"".join(pieces)
 
 
-def _read_reply(body: bytes) -> tuple[str, int | None, int | None]:
-    try:
-        reply = json.loads(body)
-        text = reply["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        raise NonsenseError("the reply is no chat completion") from None
-    if not isinstance(text, str) or not text.strip():
-        was_cut = reply["choices"][0].get("finish_reason") == "length"
-        raise NonsenseError(
-            "the model used up its --max-tokens before it said anything"
-            if was_cut
-            else "the reply is empty"
-        )
-    usage = reply.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    return text, *(count if isinstance(count, int) else None for count in counts)  # type: ignore[return-value]
-
-
 def _message_of(body: bytes) -> str:
     """The server's words, from where OpenAI and its imitators put them, or as they are."""
-    text = body.decode("utf-8", "replace")
+    return _error_of(body) or re.sub(r"<[^>]*>", " ", body.decode("utf-8", "replace"))
+
+
+def _error_of(body: bytes) -> str:
     with suppress(ValueError, KeyError, TypeError, RecursionError):
-        error = json.loads(text)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)
-    return re.sub(r"<[^>]*>", " ", text)
+        error = json.loads(body)["error"]
+        return str((error["message"] if isinstance(error, dict) else error) or "")
+    return ""
 
 
 def _parameter_of(body: bytes) -> str:

@@ -3,7 +3,7 @@
 A pair is asked twice, with either answer first. Where both replies name the same answer it wins;
 where they differ it is a tie, and counted as position bias. A reply that names none is asked for
 once more, and then the pair is unusable: it counts for nobody. Nobody is asked about equal or empty
-answers: the equal are a tie, an empty one loses.
+answers: the equal are a tie, an empty one loses, and two empty ones are nothing to be judged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gapo_lite.endpoint import Endpoint, NonsenseError, RefusedError, StoppedError
+from gapo_lite.endpoint import Endpoint, NonsenseError, RefusedError, Reply, StoppedError
 from gapo_lite.errors import DataError, GapoError
 from gapo_lite.pairing import AnswerPair, Entry
 from gapo_lite.types import Message
@@ -22,8 +22,10 @@ from gapo_lite.types import Message
 Winner = Literal["a", "b", "tie"]
 
 _ASKED_AGAIN = 1
-_CHARACTERS_A_TOKEN = 4
-_TELLING_REFUSALS = 3  # as many at the start, and nothing else, mean that none will be answered
+_BYTES_A_TOKEN = 4
+# as many pairs at the start, and nothing else, mean that no pair will get a verdict
+_TELLING_REFUSALS = 3
+_TELLING_UNUSABLE = 10  # a weak judge may name neither answer a few times, and then one
 _INSTRUCTIONS = """\
 You compare two answers to the same question and say which one is better for the person who asked. \
 Judge what is said: whether it is right, does what was asked, and is clear. A longer answer is not \
@@ -41,8 +43,9 @@ class Verdict:
     """What came of one pair.
 
     Attributes:
-        score: A's share: 1, 0.5 or 0; None for an unusable pair.
-        how: "judged"; "equal" or "empty" where nobody was asked; "unusable".
+        score: A's share: 1, 0.5 or 0; None for an unusable or unanswered pair.
+        how: "judged"; "equal", "empty" or "unanswered" (both are empty) where nobody was asked;
+            "unusable".
         winners: by each order asked, A first and then B first; None for a reply that names none.
         replies: the judge's words in these orders, the last where it was asked again.
         reason: why it is unusable, or "".
@@ -69,28 +72,32 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What asking will take.
+    """What asking will take, if no request fails and is sent again.
 
     Attributes:
-        requests: to be sent, if none is sent again.
+        requests: to be sent, if each reply names an answer.
+        most_requests: if each question must be asked once more.
         kept: replies that are there already.
-        tokens_in: about, from the number of characters.
-        tokens_out: at most.
+        tokens_in: of the most requests, about, from the number of bytes.
+        tokens_out: of the most requests, at most.
     """
 
     requests: int
+    most_requests: int
     kept: int
     tokens_in: int
     tokens_out: int
 
     def price(self, price_in: float, price_out: float) -> float:
-        """At most, with prices per million tokens."""
+        """Of the most requests, about, with prices per million tokens."""
         return (self.tokens_in * price_in + self.tokens_out * price_out) / 1e6
 
 
 def settled(pair: AnswerPair) -> Verdict | None:
     """The verdict of a pair that nobody need be asked about."""
     a, b = pair.a.answer.strip(), pair.b.answer.strip()
+    if not a and not b:
+        return Verdict(None, "unanswered")
     if a == b:
         return Verdict(0.5, "equal")
     if not a or not b:
@@ -100,15 +107,26 @@ def settled(pair: AnswerPair) -> Verdict | None:
 
 def cost(endpoint: Endpoint, pairs: Sequence[AnswerPair]) -> Cost:
     """What judging these pairs will take."""
-    asked = [question for pair in pairs if settled(pair) is None for question in _questions(pair)]
-    new = [question for question in asked if endpoint.kept(question) is None]
-    size = sum(len(turn["content"].encode()) for question in new for turn in question)
-    return Cost(
-        len(new),
-        len(asked) - len(new),
-        -(-size // _CHARACTERS_A_TOKEN),
-        len(new) * endpoint.max_tokens,
-    )
+    requests = most = kept = size = 0
+    for pair in pairs:
+        for question in _questions(pair) if settled(pair) is None else ():
+            num, num_at_most, num_kept = _due(endpoint, question)
+            requests, most, kept = requests + num, most + num_at_most, kept + num_kept
+            size += num_at_most * sum(len(turn["content"].encode()) for turn in question)
+    tokens_in = -(-size // _BYTES_A_TOKEN)
+    return Cost(requests, most, kept, tokens_in, most * endpoint.max_tokens)
+
+
+def _due(endpoint: Endpoint, question: list[Message]) -> tuple[int, int, int]:
+    """Requests at least and at most, and replies that are there already."""
+    new = num_kept = 0
+    for attempt in range(1 + _ASKED_AGAIN):
+        reply = endpoint.kept(question, attempt)
+        new += reply is None
+        num_kept += reply is not None
+        if reply and read_place(reply.text) is not None:
+            break
+    return min(new, 1), new, num_kept
 
 
 def judge_pairs(
@@ -127,26 +145,36 @@ def judge_pairs(
         progress: called with (pairs done, N).
 
     Raises:
-        GapoError: the endpoint refuses the key or all requests, or fails for longer than its
-            retries last.
+        GapoError: the endpoint refuses the key or all requests, fails for longer than its retries
+            last, or none of many pairs gets a verdict.
     """
     verdicts = [settled(pair) for pair in pairs]
     waiting = [number for number, verdict in enumerate(verdicts) if verdict is None]
-    done, refused = len(pairs) - len(waiting), 0
+    judged: list[Verdict] = []
     with _Pool(endpoint, workers) as pool:
         futures = {pool.submit(_judge, endpoint, pairs[number]): number for number in waiting}
         for future in as_completed(futures):
             if isinstance(future.exception(), StoppedError):
                 continue  # what stopped it is raised by another one
             verdict = verdicts[futures[future]] = future.result()
-            done += 1
-            refused += verdict.reason.startswith(_REFUSED)
-            asked = done - (len(pairs) - len(waiting))
-            if refused == asked and asked >= min(_TELLING_REFUSALS, len(waiting)):
-                raise DataError(f"{endpoint.name} answers none of the requests: {verdict.reason}")
+            judged.append(verdict)
+            _check_sense(endpoint, judged, len(waiting))
             if progress:
-                progress(done, len(pairs))
+                progress(len(pairs) - len(waiting) + len(judged), len(pairs))
     return [verdict for verdict in verdicts if verdict is not None]
+
+
+def _check_sense(endpoint: Endpoint, judged: Sequence[Verdict], num: int) -> None:
+    """Ends it where the first of `num` verdicts mean that there will be none."""
+    reason = judged[-1].reason
+    all_refused = all(verdict.reason.startswith(_REFUSED) for verdict in judged)
+    if all_refused and len(judged) >= min(_TELLING_REFUSALS, num):
+        raise DataError(f"{endpoint.name} answers none of the requests: {reason}")
+    if len(judged) >= _TELLING_UNUSABLE and all(verdict.score is None for verdict in judged):
+        raise DataError(
+            f"{endpoint.name} gave no verdict on the first {len(judged)} pairs, so no more are "
+            f"asked about; the last: {reason}. Mend that, or take another judge."
+        )
 
 
 class _Pool:
@@ -179,31 +207,40 @@ def _judge(endpoint: Endpoint, pair: AnswerPair) -> Verdict:
 
 def _compare(endpoint: Endpoint, pair: AnswerPair) -> Verdict:
     winners: list[Winner | None] = []
-    replies = []
+    replies, reason = [], ""
     for number, question in enumerate(_questions(pair)):
-        place, reply = _place(endpoint, question)
+        place, reply, problem = _place(endpoint, question)
         replies.append(reply)
         winners.append(None if place is None else _winner(place, swapped=number == 1))
+        reason = reason or problem
     if None in winners:
-        reason = "a reply names neither answer, nor does the one that was asked for then"
         return Verdict(None, "unusable", winners, replies, reason)
     agreed = winners[0] if winners[0] == winners[1] else "tie"
     score = {"a": 1.0, "b": 0.0, "tie": 0.5}[str(agreed)]
     return Verdict(score, "judged", winners, replies)
 
 
-def _place(endpoint: Endpoint, question: list[Message]) -> tuple[int | None, str]:
-    """Which place the judge prefers (0 for neither), None if it names none; and its words."""
-    said = ""
+def _place(endpoint: Endpoint, question: list[Message]) -> tuple[int | None, str, str]:
+    """Which place the judge prefers (0 for neither), None if it names none; its words; and why it
+    names none, "" if it does."""
+    said = problem = ""
     for attempt in range(1 + _ASKED_AGAIN):
         try:
-            said = endpoint.ask(question, attempt).text
+            reply = endpoint.ask(question, attempt)
         except NonsenseError as error:
-            said = f"({error})"
+            said, problem = f"({error})", str(error)
             continue
-        if (place := read_place(said)) is not None:
-            return place, said
-    return None, said
+        if (place := read_place(reply.text)) is not None:
+            return place, reply.text, ""
+        said, problem = reply.text, _problem(reply)
+    return None, said, problem
+
+
+def _problem(reply: Reply) -> str:
+    """Why a reply that names no answer does not."""
+    if reply.was_cut:
+        return f"the reply used up its --max-tokens before {'its mark' if reply.text else 'a word'}"
+    return "the reply names neither answer" if reply.text else "the reply is empty"
 
 
 def read_place(reply: str) -> int | None:
@@ -224,40 +261,32 @@ def _winner(place: int, *, swapped: bool) -> Winner:
 
 def _questions(pair: AnswerPair) -> Iterator[list[Message]]:
     """What is asked, with A first and then with B first."""
-    yield _question(pair.a, pair.b)
-    yield _question(pair.b, pair.a)
+    asked = max(pair, key=lambda entry: entry.num_given)  # a bare one lacks what was given
+    yield _question(asked, pair.a, pair.b)
+    yield _question(asked, pair.b, pair.a)
 
 
-def _question(first: Entry, second: Entry) -> list[Message]:
-    text = "\n\n".join((_rendered(first, "1"), _rendered(second, "2")))
-    before = _before(first)
+def _question(asked: Entry, first: Entry, second: Entry) -> list[Message]:
+    """The question before the two answers; of several turns, each stands within both."""
+    if len(first.answers) == len(second.answers) == 1:
+        parts = [*_tagged(asked.given), _answer(1, first.answer), _answer(2, second.answer)]
+    else:
+        talks = ("\n\n".join(_tagged(entry.messages)) for entry in (first, second))
+        parts = [_answer(number, talk) for number, talk in enumerate(talks, start=1)]
     return [
         {"role": "system", "content": _INSTRUCTIONS},
-        {"role": "user", "content": f"{before}{text}\n\nWhich answer is better?"},
+        {"role": "user", "content": "\n\n".join([*parts, "Which answer is better?"])},
     ]
-
-
-def _before(entry: Entry) -> str:
-    """The question; of several turns they stand among the answers."""
-    first = next(n for n, turn in enumerate(entry.messages) if turn["role"] == "assistant")
-    if len(entry.questions) == 1 and first == len(entry.messages) - 1:
-        parts = entry.messages[:first]
-        return "".join(
-            f"<{_TAGS[turn['role']]}>\n{turn['content']}\n</{_TAGS[turn['role']]}>\n\n"
-            for turn in parts
-        )
-    return ""
 
 
 _TAGS = {"system": "system", "user": "question", "assistant": "reply"}
 
 
-def _rendered(entry: Entry, name: str) -> str:
-    if _before(entry):
-        said = entry.messages[-1]["content"]
-    else:
-        said = "\n\n".join(
-            f"<{_TAGS[turn['role']]}>\n{turn['content']}\n</{_TAGS[turn['role']]}>"
-            for turn in entry.messages
-        )
-    return f"<answer {name}>\n{said}\n</answer {name}>"
+def _tagged(messages: Sequence[Message]) -> list[str]:
+    return [
+        f"<{_TAGS[turn['role']]}>\n{turn['content']}\n</{_TAGS[turn['role']]}>" for turn in messages
+    ]
+
+
+def _answer(number: int, text: str) -> str:
+    return f"<answer {number}>\n{text}\n</answer {number}>"

@@ -42,13 +42,13 @@ def summarize(
     """
     usable = [(p, v.score) for p, v in zip(pairs, verdicts, strict=True) if v.score is not None]
     if not usable:
-        reason = next((verdict.reason for verdict in verdicts if verdict.reason), "")
-        raise DataError(f"no pair has a usable verdict, so there is no win rate. ({reason})")
+        reason = _first_reason(verdicts) or "no prompt has an answer in either file"
+        raise DataError(f"no pair has a usable verdict, so there is no win rate: {reason}.")
     scores = np.array([score for _, score in usable])
     of_a, of_b = (
         np.array([float(len(pair[side].answer)) for pair, _ in usable]) for side in (0, 1)
     )
-    groups = [pair.a.questions for pair, _ in usable]
+    groups = [pair.a.prompt for pair, _ in usable]
     controlled = length_controlled(scores, of_a, of_b, groups, seed)
     how = Counter(verdict.how for verdict in verdicts)
     bias = Counter(verdict.bias for verdict in verdicts if verdict.bias)
@@ -59,6 +59,8 @@ def summarize(
         "num_pairs": len(pairs),
         "num_usable": len(usable),
         "num_unusable": how["unusable"],
+        "unusable_reason": _first_reason(verdicts),
+        "num_unanswered": how["unanswered"],
         "num_equal": how["equal"],
         "num_empty": how["empty"],
         "num_unpaired": num_unpaired,
@@ -68,7 +70,7 @@ def summarize(
         "win_rate": asdict(win_rate(scores, groups, seed)),
         "length_controlled_win_rate": asdict(controlled) if controlled else None,
         "length_control": LENGTH_CONTROL["logistic"],
-        "interval": "95 %, bootstrap over prompts",
+        "interval": "95 %, bootstrap over prompts; Wilson's where all verdicts are the same",
         "seed": seed,
         "characters": [float(of_a.mean()), float(of_b.mean())],
         "tokens": [_mean_tokens([pair[side] for pair, _ in usable]) for side in (0, 1)],
@@ -137,7 +139,12 @@ def _show_remarks(summary: dict[str, Any]) -> None:
             f"a tie in {bias['mixed']}."
         )
     if summary["num_unusable"]:
-        note(f"{summary['num_unusable']} pairs have no usable verdict, and count for nobody.")
+        note(
+            f"{summary['num_unusable']} pairs have no usable verdict, and count for nobody; the "
+            f"first: {summary['unusable_reason']}."
+        )
+    if summary["num_unanswered"]:
+        note(f"{summary['num_unanswered']} prompts have no answer in either file: left out.")
     if summary["num_equal"] or summary["num_empty"]:
         note(
             f"Not asked about: {summary['num_equal']} pairs of equal answers (ties), "
@@ -145,6 +152,10 @@ def _show_remarks(summary: dict[str, Any]) -> None:
         )
     if summary["num_unpaired"]:
         note(f"{summary['num_unpaired']} answers of the two files have no partner.")
+
+
+def _first_reason(verdicts: Sequence[Verdict]) -> str:
+    return next((verdict.reason for verdict in verdicts if verdict.reason), "")
 
 
 def _shown(rate: dict[str, float]) -> str:

@@ -22,14 +22,29 @@ class Entry:
     """What one file says to one prompt.
 
     Attributes:
-        key: the benchmark's id, or the questions themselves.
+        key: the benchmark's id, "" where there is none.
         messages: questions and answers in turn; the last is an answer.
         num_tokens: of all answers, None where the file does not say.
+        num_given: leading messages that were there before the first answer.
+        is_bare: whether its format holds the question alone, without system prompt and history.
     """
 
     key: str
     messages: list[Message]
     num_tokens: int | None
+    num_given: int = 1
+    is_bare: bool = False
+
+    @property
+    def given(self) -> list[Message]:
+        """What was there before the first answer."""
+        return self.messages[: self.num_given]
+
+    @property
+    def prompt(self) -> tuple[tuple[str, str], ...]:
+        """Role and content of all that is no answer."""
+        asked = [turn for turn in self.messages[self.num_given :] if turn["role"] != "assistant"]
+        return tuple((turn["role"], turn["content"]) for turn in [*self.given, *asked])
 
     @property
     def questions(self) -> tuple[str, ...]:
@@ -37,9 +52,15 @@ class Entry:
         return tuple(turn["content"] for turn in self.messages if turn["role"] == "user")
 
     @property
+    def answers(self) -> list[str]:
+        """What the model said, without what was given as said before."""
+        said = self.messages[self.num_given :]
+        return [turn["content"] for turn in said if turn["role"] == "assistant"]
+
+    @property
     def answer(self) -> str:
         """All answers, by which their length is measured."""
-        return "\n\n".join(turn["content"] for turn in self.messages if turn["role"] == "assistant")
+        return "\n\n".join(self.answers)
 
 
 class AnswerFile(NamedTuple):
@@ -64,10 +85,11 @@ def read_answer_file(spec: str, prompts: Sequence[Prompt] = ()) -> AnswerFile:
         prompts: the benchmark's questions, where the file has their ids alone.
 
     Raises:
-        DataError: it cannot be read, a row of it is no answer, or its questions are not given.
+        DataError: it cannot be read, a row of it is no answer, or its questions are not given, or
+            one id is given twice.
     """
     path, field = split_spec(spec)
-    by_id = {str(_id_of(prompt.row)): prompt for prompt in prompts}
+    by_id = _by_id(prompts)
     names: dict[str, None] = {}
     entries = []
     with open_table(Path(path)) as table:
@@ -93,9 +115,29 @@ def split_spec(spec: str) -> tuple[str, str]:
     return (spec, "") if not path or Path(spec).is_file() else (path, field)
 
 
+def check_two(a: str, b: str, first: AnswerFile, second: AnswerFile) -> None:
+    """Refuses the comparison of answers with themselves.
+
+    Args:
+        a, b: the specs that they were read by.
+        first, second: what was read.
+
+    Raises:
+        DataError: they are one field of one file.
+    """
+    (path, field), (other, other_field) = split_spec(a), split_spec(b)
+    same = field == other_field or ("" in (field, other_field) and first.entries == second.entries)
+    if same and Path(path).samefile(other):
+        raise DataError(
+            f"A and B are the same answers of {path}. Of a run's answers add :tuned and :base; "
+            "else give two files."
+        )
+
+
 def pair_answers(a: AnswerFile, b: AnswerFile) -> tuple[list[AnswerPair], int]:
-    """Entries with the same key, in the order of A's; one that is there twice pairs with the
-    second of B's.
+    """Entries to the same prompt (all messages but the answers) or of the same id, in the order of
+    A's; one that is there twice pairs with the second of B's. What is left pairs by its questions
+    alone where one of the two is bare.
 
     Returns:
         The pairs, and how many entries of either file have no partner.
@@ -103,28 +145,47 @@ def pair_answers(a: AnswerFile, b: AnswerFile) -> tuple[list[AnswerPair], int]:
     Raises:
         DataError: there is no pair at all.
     """
-    keys = [_keys(entry) for entry in b.entries]
-    waiting: dict[Any, list[int]] = defaultdict(list)
-    for number, names in enumerate(keys):
-        for key in names:
-            waiting[key].append(number)
-    pairs, taken = [], set()
-    for entry in a.entries:
-        free = (n for key in _keys(entry) for n in waiting[key] if n not in taken)
-        number = next(free, -1)
-        if number >= 0:
-            taken.add(number)
-            pairs.append(AnswerPair(entry, b.entries[number]))
-    if not pairs:
+    partners: dict[int, int] = {}
+    for keys in (_keys, _questions):
+        waiting: dict[Any, list[int]] = defaultdict(list)
+        for number in sorted({*range(len(b.entries))} - {*partners.values()}):
+            for key in keys(b.entries[number]):
+                waiting[key].append(number)
+        taken: set[int] = set()
+        for number in sorted({*range(len(a.entries))} - partners.keys()):
+            entry = a.entries[number]
+            free = (n for key in keys(entry) for n in waiting[key] if n not in taken)
+            if keys is _questions:
+                free = (n for n in free if entry.is_bare or b.entries[n].is_bare)
+            if (partner := next(free, None)) is not None:
+                taken.add(partner)
+                partners[number] = partner
+    if not partners:
         raise DataError(
             f"{a.name} and {b.name} answer no prompt in common, so there is nothing to compare. "
             "Give two files that answer the same prompts."
         )
+    pairs = [AnswerPair(a.entries[n], b.entries[partners[n]]) for n in sorted(partners)]
     return pairs, len(a.entries) + len(b.entries) - 2 * len(pairs)
 
 
 def _keys(entry: Entry) -> list[Any]:
-    return [entry.questions, entry.key] if entry.key else [entry.questions]
+    return [entry.prompt, entry.key] if entry.key else [entry.prompt]
+
+
+def _questions(entry: Entry) -> list[Any]:
+    return [entry.questions]
+
+
+def _by_id(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
+    found: dict[str, Prompt] = {}
+    for prompt in prompts:
+        key = _id_of(prompt.row)
+        if key in found:
+            raise DataError(f"the id {key!r} is used for two questions of --prompts.")
+        if key:
+            found[key] = prompt
+    return found
 
 
 class _UnreadableError(Exception):
@@ -132,6 +193,8 @@ class _UnreadableError(Exception):
 
 
 def _read(row: Row, field: str, by_id: dict[str, Prompt]) -> tuple[str, Entry]:
+    if field and field not in row:
+        raise _UnreadableError(f"it has no field {field!r}; it has {', '.join(sorted(row))}.")
     if "choices" in row:
         return str(row.get("model_id", "")), _read_choices(row, by_id)
     if "uid" in row and isinstance(row.get("messages"), list):
@@ -140,23 +203,27 @@ def _read(row: Row, field: str, by_id: dict[str, Prompt]) -> tuple[str, Entry]:
         text = _text(row["instruction"], "instruction")
         if row.get("input"):
             text = f"{text}\n\n{_text(row['input'], 'input')}"
-        answer = _text(row.get("output"), "output")
-        return str(row.get("generator", "")), _entry("", [text], [answer], row.get("num_tokens"))
-    names = [field] if field else [name for name in _FIELDS if name in row]
-    if not names or names[0] not in row or "prompt" not in row:
+        said = [_asked(text), _answered(_text(row.get("output"), "output"))]
+        entry = Entry("", said, _count(row.get("num_tokens")), is_bare=True)
+        return str(row.get("generator", "")), entry
+    name = field or next((name for name in _FIELDS if name in row), "")
+    if not name or "prompt" not in row:
         raise _UnreadableError(
             f"it is no answer: expected prompt and {field or 'answer'}, instruction and output "
             "(AlpacaEval), or a row of MT-Bench or Arena-Hard."
         )
-    answer = _text(row[names[0]], names[0])
-    if isinstance(row["prompt"], list):
-        said = [*row["prompt"], {"role": "assistant", "content": answer}]
-        return "", Entry("", [_message(turn) for turn in said], None)
-    return "", _entry("", [_text(row["prompt"], "prompt")], [answer], None)
+    answer, prompt = _text(row[name], name), row["prompt"]
+    turns = prompt if isinstance(prompt, list) else [_asked(_text(prompt, "prompt"))]
+    counts = row.get("num_tokens")
+    count = _count(counts.get(name)) if isinstance(counts, dict) else None
+    given = [_message(turn) for turn in turns]
+    return "", Entry("", [*given, _answered(answer)], count, len(given))
 
 
 def _read_choices(row: Row, by_id: dict[str, Prompt]) -> Entry:
-    key = str(_id_of(row))
+    key = _id_of(row)
+    if not key:
+        raise _UnreadableError("it has no question_id, which says what it answers.")
     if key not in by_id:
         raise _UnreadableError(
             f"it answers question {key}, which is not known: give the benchmark's question.jsonl "
@@ -167,23 +234,29 @@ def _read_choices(row: Row, by_id: dict[str, Prompt]) -> Entry:
         answers = [turn["content"] if isinstance(turn, dict) else turn for turn in turns]
     except (KeyError, IndexError, TypeError):
         raise _UnreadableError("its choices are none of MT-Bench's or Arena-Hard's.") from None
-    counts = [turn.get("token_len") for turn in turns if isinstance(turn, dict)]
+    counts: list[Any] = [turn.get("token_len") for turn in turns if isinstance(turn, dict)]
     known = bool(counts) and all(isinstance(count, int) for count in counts)
     prompt = by_id[key]
-    questions = [prompt.text, *prompt.followups][: len(answers)]
-    if len(questions) < len(answers) or not answers:
-        raise _UnreadableError(f"it has {len(answers)} answers to {len(questions)} questions.")
-    answers = [_text(answer, "choices") for answer in answers]
-    return _entry(key, questions, answers, sum(counts) if known else None)
+    num_questions = 1 + len(prompt.followups)
+    if num_questions < len(answers) or not answers:
+        raise _UnreadableError(f"it has {len(answers)} answers to {num_questions} questions.")
+    messages = list(prompt.messages)
+    for number, answer in enumerate(answers):
+        messages += [_asked(prompt.followups[number - 1])] if number else []
+        messages += [_answered(_text(answer, "choices"))]
+    return Entry(key, messages, sum(counts) if known else None, len(prompt.messages))
 
 
 def _read_messages(row: Row) -> Entry:
     messages = [_message(turn) for turn in row["messages"]]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise _UnreadableError("its messages do not end with an answer.")
+    said = [n for n, turn in enumerate(messages) if turn["role"] == "assistant"]
+    # Arena-Hard's answers are objects; the assistant's turns that were given are texts
+    answers = [n for n in said if isinstance(row["messages"][n]["content"], dict)]
     counted = row.get("metadata")
-    count = counted.get("token_len") if isinstance(counted, dict) else None
-    return Entry(str(row["uid"]), messages, count if isinstance(count, int) else None)
+    count = _count(counted.get("token_len")) if isinstance(counted, dict) else None
+    return Entry(str(row["uid"]), messages, count, (answers or said)[0])
 
 
 def _message(turn: Any) -> Message:
@@ -194,12 +267,16 @@ def _message(turn: Any) -> Message:
     return {"role": turn["role"], "content": _text(content, "messages")}
 
 
-def _entry(key: str, questions: Sequence[str], answers: Sequence[str], count: Any) -> Entry:
-    messages: list[Message] = []
-    for question, answer in zip(questions, answers, strict=True):
-        messages += [{"role": "user", "content": question}]
-        messages += [{"role": "assistant", "content": answer}]
-    return Entry(key, messages, count if isinstance(count, int) else None)
+def _asked(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _answered(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 def _text(value: Any, field: str) -> str:
@@ -210,5 +287,7 @@ def _text(value: Any, field: str) -> str:
     return value
 
 
-def _id_of(row: Row) -> Any:
-    return row.get("question_id", row.get("uid"))
+def _id_of(row: Row) -> str:
+    """As a text, empty for none."""
+    found = (row.get(name) for name in ("question_id", "uid"))
+    return next((str(value) for value in found if value is not None), "")

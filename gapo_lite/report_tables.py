@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ from gapo_lite.report_verdict import (
 from gapo_lite.statistics import estimate
 from gapo_lite.sweep_results import ContenderResult, EfGroup, SweepResults
 
-_PATH = re.compile(r"""(["'])[~/][^"'\n]*\1|(?<![\w.:/~-])~?(?:\.{0,2}/)[^\s"',;:()]+""")
+_NAME = r"""[^\s/"',;:()]+"""
+# Folders may have blanks in their names. What only looks so, as in "neither /a/b nor c/d", is cut
+# as well: better than a client's name in a report.
+_FOLDER = rf"{_NAME}(?: (?![~.]*/){_NAME}){{0,3}}/+"
+_PATH = re.compile(rf"""(["'])[~/][^"'\n]*\1|(?<![\w.:/~-])~?\.{{0,2}}/+(?:{_FOLDER})*{_NAME}/*""")
 _LONGEST_MESSAGE = 600
 
 # --- how it was made ------------------------------------------------------------------------------
@@ -47,12 +52,16 @@ def progress(results: SweepResults) -> str:
     if finished == total:
         return f"All {total} runs are finished." if total > 1 else "Its run is finished."
     parts = [f"{finished} of {total} runs are finished"]
-    for state, words in (("failed", "failed"), ("dropped", "dropped by halving")):
+    for state, words in (
+        ("failed", "failed"),
+        ("drifted", "stopped by the drift guard"),
+        ("dropped", "dropped by halving"),
+        ("missing", "not done yet"),
+    ):
         if num := results.count(state):
             parts.append(f"{num} {words}")
-    if missing := results.count("missing"):
-        parts.append(f"{missing} not done yet")
-    return f"{', '.join(parts)}. What follows is of the finished ones alone, and may change."
+    change = ", and may change" if results.count("missing") else ""
+    return f"{', '.join(parts)}. What follows is of the finished ones alone{change}."
 
 
 def facts(results: SweepResults) -> Table:
@@ -83,19 +92,32 @@ def settings_table(results: SweepResults) -> Table:
 
 
 def troubles(results: SweepResults) -> tuple[Words, ...]:
-    """Runs that failed, with their messages, and files that could not be read."""
-    failed: list[Words] = [
-        (Name(one.name), f", seed {cell.seed}, failed: {without_paths(cell.message)}")
+    """Runs that failed or drifted, with their messages, and files that could not be read."""
+    how = {"failed": "failed", "drifted": "was stopped by the drift guard"}
+    ended: list[Words] = [
+        (
+            Name(one.name),
+            f", seed {cell.seed}, {how[cell.state]}: "
+            f"{without_paths(cell.message, results.roots) or 'it left no message'}",
+        )
         for one in results.contenders
         for cell in one.cells
-        if cell.state == "failed"
+        if cell.state in how
     ]
-    return (*failed, *(f"{problem[:1].upper()}{problem[1:]}." for problem in results.problems))
+    return (*ended, *(f"{problem[:1].upper()}{problem[1:]}." for problem in results.problems))
 
 
-def without_paths(message: str) -> str:
-    """A message without folders of this machine: of each path the last part alone."""
-    shown = message.replace(str(Path.home()), "~")
+def without_paths(message: str, roots: Sequence[Path] = ()) -> str:
+    """A message without folders of this machine: of each path the last part alone.
+
+    Args:
+        message: of a library, or our own.
+        roots: folders that are known, whatever is in their names.
+    """
+    shown = message
+    for root in sorted({*roots, Path.home()} - {Path("/"), Path()}, key=lambda one: -len(str(one))):
+        end = r"(?![\w-])" if root.is_absolute() else "(?=/)"
+        shown = re.sub(rf"(?<![\w.-]){re.escape(str(root))}{end}", "~", shown)
     shown = _PATH.sub(lambda found: found[0].strip("\"'").rstrip("/").rpartition("/")[2], shown)
     shown = " ".join(shown.split())
     return shown if len(shown) <= _LONGEST_MESSAGE else shown[: _LONGEST_MESSAGE - 1] + "…"
@@ -117,15 +139,16 @@ def results_table(results: SweepResults) -> Table:
 
 
 def runs_in_words(contender: ContenderResult) -> str:
-    """3 of 3; 1 of 3: 1 failed, 1 dropped at step 8."""
+    """3 of 3; 1 of 4: 1 failed, 1 drifted at step 6, 1 dropped at step 8."""
     cells, finished = contender.cells, contender.finished
     words = f"{len(finished)} of {len(cells)}"
     parts = []
     if failed := sum(cell.state == "failed" for cell in cells):
         parts.append(f"{failed} failed")
-    if dropped := [cell for cell in cells if cell.state == "dropped"]:
-        at = _spread([cell.values.get("step", math.nan) for cell in dropped])
-        parts.append(f"{len(dropped)} dropped" + (f" at step {at}" if at else ""))
+    for state in ("drifted", "dropped"):
+        if stopped := [cell for cell in cells if cell.state == state]:
+            at = _spread([cell.values.get("step", math.nan) for cell in stopped])
+            parts.append(f"{len(stopped)} {state}" + (f" at step {at}" if at else ""))
     if missing := sum(cell.state == "missing" for cell in cells):
         parts.append(f"{missing} to come")
     return f"{words}: {', '.join(parts)}" if parts else words

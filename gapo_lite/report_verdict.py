@@ -142,8 +142,9 @@ def with_interval(found: Estimate, measure: Measure, *, signed: bool = False) ->
 
 def headline(results: SweepResults, comparisons: list[Comparison]) -> Words:
     """What it comes to, in one or two sentences."""
+    yet = "" if results.state == "finished" else " yet"
     if not results.finished:
-        return "No run has finished yet, so there is nothing to say."
+        return f"No run has finished{yet}, so there is nothing to say."
     if results.baseline is None:
         return (
             "The sweep names no baseline, so no differences are given: the table says how each "
@@ -152,7 +153,11 @@ def headline(results: SweepResults, comparisons: list[Comparison]) -> Words:
     baseline = Name(results.baseline)
     if not comparisons:
         if results.baseline_result is None:
-            return ("The baseline ", baseline, " has no finished run: nothing to compare with yet.")
+            return (
+                "The baseline ",
+                baseline,
+                f" has no finished run{yet}, so there is nothing to compare the others with.",
+            )
         return ("There is nothing but the baseline ", baseline, ", and so nothing to compare.")
     better = [one for one in comparisons if one.is_found and one.differences["accuracy"].mean > 0]
     worse = [one for one in comparisons if one.is_found and one.differences["accuracy"].mean < 0]
@@ -162,31 +167,32 @@ def headline(results: SweepResults, comparisons: list[Comparison]) -> Words:
         if found:
             verb = "has" if len(found) == 1 else "have"
             words += [
-                *_listed(found),
+                *_listed([one.contender for one in found]),
                 f" {verb} a {how} accuracy than ",
                 baseline,
                 " on these pairs. ",
             ]
     if not rest:
         return tuple(words)
-    of_all = f"{rest} of {len(comparisons)} contenders" if words else _all(comparisons)
+    some = f"{rest} of {len(comparisons)} contenders cannot" if words else _none_of(comparisons)
     return (
         *words,
-        f"These runs do not tell {of_all} from ",
+        f"{some} be told apart from ",
         baseline,
-        " by held-out accuracy.",
+        " by held-out accuracy in these runs.",
     )
 
 
-def _all(comparisons: list[Comparison]) -> str:
-    return "the contender" if len(comparisons) == 1 else f"any of {len(comparisons)} contenders"
+def _none_of(comparisons: list[Comparison]) -> str:
+    num = len(comparisons)
+    return "The contender cannot" if num == 1 else f"None of {num} contenders can"
 
 
-def _listed(found: list[Comparison]) -> list[str | Name]:
+def _listed(found: list[ContenderResult]) -> list[str | Name]:
     words: list[str | Name] = []
     for at, one in enumerate(found):
         joint = "" if not at else " and " if at == len(found) - 1 else ", "
-        words += [joint, Name(one.contender.name)]
+        words += [joint, Name(one.name)]
     return words
 
 
@@ -204,7 +210,7 @@ def verdict(one: Comparison, num_comparisons: int, num_heldout: int | None) -> W
     told = f": accuracy {with_interval(found, ACCURACY, signed=True)} points"
     told += _in_pairs(found.mean, num_heldout)
     told += f" over {found.num} {_seeds(found.num)}. {_meaning(one, num_comparisons)}"
-    return (name, told + _length(one))
+    return (name, told + _length(one) + _lost(one.contender))
 
 
 def _meaning(one: Comparison, num_comparisons: int) -> str:
@@ -249,8 +255,14 @@ def _length(one: Comparison) -> str:
     if found.half_width is None:
         return told + ", without an interval."
     if found.includes_zero:
-        return told + ", not to be told from 0."
+        return told + ", which cannot be told apart from 0."
     return told + (", longer." if found.mean > 0 else ", shorter.")
+
+
+def _lost(contender: ContenderResult) -> str:
+    num = sum(cell.state == "drifted" for cell in contender.cells)
+    total = len(contender.cells)
+    return f" This is without {num} of its {total} runs, stopped by the drift guard." if num else ""
 
 
 def _in_pairs(mean: float, num_heldout: int | None) -> str:
@@ -262,6 +274,10 @@ def _in_pairs(mean: float, num_heldout: int | None) -> str:
 
 def _seeds(num: int) -> str:
     return "seed" if num == 1 else "seeds"
+
+
+def _verb(num: int, one: str, more: str) -> str:
+    return one if num == 1 else more
 
 
 def _p(p: float) -> str:
@@ -276,9 +292,19 @@ def write_p(p: float | None) -> str:
 # --- how to read it -------------------------------------------------------------------------------
 
 
+_GLOSSARY = (
+    "A contender is one combination of settings, trained once a seed. Logps are log-probabilities "
+    "of a response, averages per token, in nats (natural logarithms: 0.1 less makes a token 0.90 "
+    "times as likely). EF, the evaluation factor, says how alike the two responses of a pair are, "
+    "from 0 to 1. A reward margin is by how much the chosen response's reward lies above the "
+    "rejected one's; the target margin is how much the training asked for."
+)
+
+
 def cautions(results: SweepResults, comparisons: list[Comparison]) -> tuple[Words, ...]:
     """What the numbers do and do not cover; only what these runs give cause for."""
-    found = [
+    found: list[Words] = [
+        _GLOSSARY,
         _on_intervals(results),
         _on_heldout(results, comparisons),
         _on_many(comparisons),
@@ -290,6 +316,7 @@ def cautions(results: SweepResults, comparisons: list[Comparison]) -> tuple[Word
         "chosen ones fall, the model finds the preferred responses less likely than before, "
         "however well it ranks them.",
         _on_answers(results),
+        _on_drifted(results),
         _on_dropped(results),
     ]
     return tuple(one for one in found if one)
@@ -358,14 +385,27 @@ def _on_answers(results: SweepResults) -> str:
     )
 
 
+def _on_drifted(results: SweepResults) -> Words:
+    num = results.count("drifted")
+    if not num:
+        return ""
+    lost = [one for one in results.contenders if any(c.state == "drifted" for c in one.cells)]
+    return (
+        f"{num} {_verb(num, 'run was', 'runs were')} stopped by the drift guard "
+        f"(training.on_drift) and {_verb(num, 'counts', 'count')} in no mean. The means of ",
+        *_listed(lost),
+        " are of the runs that survived, and look better than those settings are.",
+    )
+
+
 def _on_dropped(results: SweepResults) -> str:
     num = results.count("dropped")
     if not num:
         return ""
-    verb = "run was" if num == 1 else "runs were"
     return (
-        f"{num} {verb} stopped early by successive halving and count in no mean. What went on was "
-        "chosen by a measure on the held-out pairs, which therefore looks a little too good."
+        f"{num} {_verb(num, 'run was', 'runs were')} stopped early by successive halving and "
+        f"{_verb(num, 'counts', 'count')} in no mean. What went on was chosen by a measure on the "
+        "held-out pairs, which therefore looks a little too good."
     )
 
 

@@ -36,6 +36,7 @@ from gapo_lite.sweep_cells import (
     failed_record,
     free_memory,
     heldout_prompts,
+    is_trained,
     measure_answers,
     train_cell,
 )
@@ -52,6 +53,19 @@ class _Stop(Exception):
     """The sweep ends here for this time; the text says why."""
 
 
+@dataclass(frozen=True, order=True)
+class _Score:
+    """How a contender did in a round: first how many of its seeds came to the end, since a mean of
+    those that did looks better than it is, then their mean."""
+
+    num_seeds: int
+    mean: float
+
+    def __str__(self) -> str:
+        noun = "seed" if self.num_seeds == 1 else "seeds"
+        return f"{self.mean:.3f} on {self.num_seeds} {noun}" if self.num_seeds else "no seed"
+
+
 class _DataChangedError(RunError):
     """No further cell could be compared with those that are there."""
 
@@ -62,7 +76,7 @@ class Budget:
 
     Attributes:
         hours: of wall-clock time; the run under way then is saved and stopped.
-        max_runs: runs trained.
+        max_runs: runs trained; one that was trained before, and lacks its record alone, is none.
     """
 
     hours: float | None = None
@@ -165,10 +179,10 @@ class _Sweep:
                 self._reach(cell, limit)
             if halving is None or all(self._is_over(cell) for cell in cells):
                 return
-            kept = self._better_half(cells, alive, limit, halving)
+            alive = self._better_half(cells, alive, limit, halving)
+            is_decided = sum(name != self.folder.config.baseline for name in alive) <= 1
             # A whole number: runs stop at steps, and are compared by what they were there.
-            limit = math.inf if len(kept) == 1 else math.ceil(limit * halving.growth)
-            alive = kept
+            limit = math.inf if is_decided else math.ceil(limit * halving.growth)
 
     def _check_name(self) -> None:
         """Runs are named after their sweep, so one with another name knows none of its own."""
@@ -212,7 +226,7 @@ class _Sweep:
         if why := self.budget.spent():
             raise _Stop(why)
         self._announce(cell)
-        self.budget.used_runs += 1
+        self.budget.used_runs += not is_trained(_status(run))
         began = time.monotonic()
         try:
             run = train_cell(
@@ -308,23 +322,26 @@ class _Sweep:
     def _better_half(
         self, cells: list[Cell], alive: list[str], limit: float, halving: Halving
     ) -> list[str]:
-        """The contenders that go on; the others' cells are recorded as dropped."""
-        scores = {name: self._score(cells, name, limit, halving.metric) for name in alive}
-        ranked = sorted(alive, key=lambda name: (-scores[name], alive.index(name)))
-        kept = ranked[: math.ceil(len(alive) * halving.keep)]
+        """The contenders that go on, the baseline among them; the others' cells are recorded as
+        dropped."""
+        baseline = self.folder.config.baseline
+        rivals = [name for name in alive if name != baseline]
+        scores = {name: self._score(cells, name, limit, halving.metric) for name in rivals}
+        ranked = sorted(rivals, key=lambda name: scores[name], reverse=True)  # stable
+        kept = {baseline, *ranked[: math.ceil(len(rivals) * halving.keep)]}
         for cell in cells:
             if cell.contender not in kept and not self._has_ended(cell):
                 run = Run(self.folder.runs_dir / cell.run)
                 if _status(run).get("state") == "stopped":
                     self._record(cell, run, "dropped")
-        dropped = [f"{name} ({scores[name]:.3f})" for name in alive if name not in kept]
+        dropped = [f"{name} ({scores[name]})" for name in alive if name not in kept]
         if dropped:
             self.tell(f"After {limit:g} steps these are dropped: {', '.join(dropped)}")
         return [name for name in alive if name in kept]
 
-    def _score(self, cells: list[Cell], name: str, limit: float, metric: str) -> float:
+    def _score(self, cells: list[Cell], name: str, limit: float, metric: str) -> _Score:
         values = [v for c in cells if c.contender == name for v in self._at(c, limit, metric)]
-        return statistics.mean(values) if values else -math.inf
+        return _Score(len(values), statistics.mean(values) if values else -math.inf)
 
     def _at(self, cell: Cell, limit: float, metric: str) -> Iterator[float]:
         """The held-out measure at the end of the round, or where the run finished before; nothing

@@ -1,6 +1,8 @@
 """One cell of a sweep: its run, trained from wherever it stands, and the record of what came of it.
 
-{"run", "contender", "seed", "state", "message", "step", "total", "seconds",
+{"run", "contender", "seed", "state", "message",
+ "stopped_by",                               # of a dropped one: "halving" or "drift", its guard
+ "step", "total", "seconds",
  "objective", "metric", "margin_source", "mapping", "normalization", "gamma", "beta",
  "learning_rate", "target_reward_margin", "data_fingerprint", "num_heldout",
  "base": {…}, "tuned": {…},                  # held-out means, under the names of metrics.jsonl
@@ -11,10 +13,9 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from gapo_lite.answering import Sampling, answer_prompts, speaker
+from gapo_lite.answers import FORMATS
 from gapo_lite.chat import Voice, voice_of
 from gapo_lite.checkpoints import list_checkpoints, newest_valid_checkpoint
 from gapo_lite.compare import group_by_ef
 from gapo_lite.config import RunConfig
 from gapo_lite.disk import replace_text
 from gapo_lite.ef.cache import cached_scores
-from gapo_lite.errors import RunError
+from gapo_lite.errors import DataError, RunError
 from gapo_lite.evaluate import PairScores, summarize
-from gapo_lite.generate import answer_batch
+from gapo_lite.journal import open_journal
 from gapo_lite.model import load_tokenizer
 from gapo_lite.preparation import Shared, prepare, split_once
+from gapo_lite.prompts import Prompt
 from gapo_lite.repetition import repetition
 from gapo_lite.runs import Run, remove_run
 from gapo_lite.sweep_config import Answers, Cell, SweepConfig
@@ -61,7 +65,7 @@ def train_cell(
     """
     run = Run(runs_dir / cell.run)
     resume = _is_begun(run, cell)
-    if resume and (run.state() == "finished" or run.read("status.json").get("stopped_by")):
+    if resume and is_trained(run.read("status.json")):
         return run  # only its record is missing
     try:
         return train(
@@ -75,6 +79,11 @@ def train_cell(
         )
     finally:
         free_memory()
+
+
+def is_trained(status: Mapping[str, Any]) -> bool:
+    """Whether a run's status.json says that it has come to its end, by itself or by the guard."""
+    return status.get("state") == "finished" or bool(status.get("stopped_by"))
 
 
 def _is_begun(run: Run, cell: Cell) -> bool:
@@ -156,6 +165,7 @@ def cell_record(
     return {
         **_identity(cell, state),
         "message": status.get("message", ""),
+        "stopped_by": status.get("stopped_by", "halving") if state == "dropped" else None,
         "step": status["step"],
         "total": status["total"],
         "seconds": round(max([seconds, *clock]), 1),
@@ -246,33 +256,36 @@ def measure_answers(
 ) -> dict[str, Any]:
     """A voice's greedy answers to the first prompts: how long, and how repetitive.
 
-    The answers themselves go to `out`, as `gapo-lite generate` writes them.
+    They are given and written to `out` as by `gapo-lite generate`: a prompt that the model cannot
+    take is told of, where memory runs out fewer are answered at once, and what was answered before
+    a kill is not asked again.
 
     Returns:
-        num_prompts, max_tokens; mean_tokens and mean_characters of an answer; cut_short, the share
-        that reached max_tokens; repetition, the mean of `repetition`.
+        num_prompts, those that were answered; max_tokens; mean_tokens and mean_characters of an
+        answer; cut_short, the share that reached max_tokens; repetition, the mean of `repetition`.
+
+    Raises:
+        DataError: no prompt could be answered.
+        RunError: memory runs out with one prompt; the disk is full.
     """
-    asked = prompts[: how.prompts]
-    found = [
-        answer
-        for start in range(0, len(asked), how.batch_size)
-        for answer in answer_batch(
-            voice.model,
-            voice.tokenizer,
-            asked[start : start + how.batch_size],
-            max_tokens=how.max_tokens,
+    asked = [Prompt(list(messages), [], {}) for messages in prompts[: how.prompts]]
+    sampling = Sampling([0.0] * len(asked), max_tokens=how.max_tokens)
+    with open_journal(out) as journal:
+        who = speaker(voice, batch_size=how.batch_size)
+        answered = answer_prompts(who, asked, sampling, journal)
+        replace_text(out, FORMATS["answers"](asked, {"answer": answered}, voice.name))
+    said = [one.turns[0] for one in answered if not one.problem]
+    if not said:
+        raise DataError(
+            f"none of {len(asked)} held-out prompts could be answered with answers.max_tokens "
+            f"{how.max_tokens}: lower it, or measure no answers (answers: null). The first: "
+            f"{answered[0].problem}"
         )
-    ]
-    rows = [
-        {"prompt": prompt[-1]["content"], "answer": answer.text}
-        for prompt, answer in zip(asked, found, strict=True)
-    ]
-    replace_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return {
-        "num_prompts": len(found),
+        "num_prompts": len(said),
         "max_tokens": how.max_tokens,
-        "mean_tokens": statistics.mean(answer.num_tokens for answer in found),
-        "mean_characters": statistics.mean(len(answer.text) for answer in found),
-        "cut_short": statistics.mean(answer.cut_short for answer in found),
-        "repetition": statistics.mean(repetition(answer.text) for answer in found),
+        "mean_tokens": statistics.mean(turn.num_tokens for turn in said),
+        "mean_characters": statistics.mean(len(turn.text) for turn in said),
+        "cut_short": statistics.mean(turn.cut_short for turn in said),
+        "repetition": statistics.mean(repetition(turn.text) for turn in said),
     }

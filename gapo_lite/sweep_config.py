@@ -2,7 +2,7 @@
 
     base: ../demo.yaml                     # a complete configuration, beside this file
     settings: {training.max_steps: 16}     # of all its runs
-    variants:                              # named sets of settings …
+    variants:                              # named sets of settings, over those of all runs …
       - {name: simpo, settings: {objective.name: simpo}}
       - {name: gapo, settings: {}}
     grid: {margin.gamma: [0.1, 0.3]}       # … each with every combination of these
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from gapo_lite.config import (
     RunConfig,
     Section,
     parse_config,
+    setting_keys,
     used_settings,
 )
 from gapo_lite.ef import EVALUATION_FACTORS
@@ -80,18 +82,27 @@ class Variant(Section):
 
 
 class Halving(Section):
-    """Successive halving: all contenders train some steps, the better ones go on to more."""
+    """Successive halving: all contenders train some steps, the better ones go on to more.
+
+    Those come first that most seeds have brought to the end of the round (none of one that failed
+    or that the drift guard stopped), then those with the higher mean. The baseline always goes on,
+    and takes no other contender's place.
+    """
 
     first_steps: int = Field(ge=1, description="Optimizer steps of the first round.")
     keep: float = Field(
-        0.5, gt=0, lt=1, description="Share of the contenders that goes on, at least one."
+        0.5,
+        gt=0,
+        lt=1,
+        description="Share of the contenders that goes on beside the baseline, at least one.",
     )
     growth: float = Field(
         2.0, gt=1, le=100, description="Each round has so many times the steps of the one before."
     )
     metric: Literal["logps/accuracies", "rewards/accuracies", "rewards/margins"] = Field(
         "logps/accuracies",
-        description="Held-out measure, mean over the seeds; the first compares all objectives.",
+        description="Held-out measure, mean over the seeds that got there; the first compares all "
+        "objectives.",
     )
 
 
@@ -198,51 +209,139 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
             `answers.prompts=4`), or of all its runs (`training.max_steps=8`).
 
     Raises:
-        ConfigError: the file or its base is missing or not YAML, or a setting of the sweep or of
-            any of its contenders is unknown or out of range.
+        ConfigError: the file or its base is missing or not YAML, a setting of the sweep or of any
+            of its contenders is unknown or out of range, or one would be without effect.
     """
     given = read_yaml(path)
+    if "base" not in given and not given.keys().isdisjoint(RunConfig.model_fields):
+        raise ConfigError(f"{path} is a run's configuration, not a sweep: gapo-lite train {path}")
+    of_runs: dict[str, Any] = {}
     for override in overrides:
         if override.partition("=")[0].strip().split(".")[0] in SweepConfig.model_fields:
             apply_override(given, override)
         else:
-            known = given.get("settings") or {}
-            if isinstance(known, dict):  # else the check of the whole says so
-                given["settings"] = {**known, **_dotted(override)}
+            of_runs |= _dotted(override)
+    known = given.get("settings") or {}
+    if of_runs and isinstance(known, dict):  # else the check of the whole says so
+        given["settings"] = {**known, **of_runs}
     if isinstance(given.get("base"), str):
         given["base"] = read_yaml(path.parent / given["base"])
-    return parse_sweep(given, source=str(path))
+    sweep = parse_sweep(given, source=str(path))
+    for key in of_runs:
+        _check_reaches_all(key, sweep)
+    return sweep
+
+
+def load_begun(path: Path) -> SweepConfig:
+    """Reads the sweep.yaml of a sweep that has begun, also one that would not be begun now: what it
+    has found can still be read.
+
+    Raises:
+        ConfigError: as `load_sweep`.
+    """
+    sweep = _validated(read_yaml(path), str(path))
+    _check_contenders(sweep, str(path))
+    return sweep
 
 
 def _dotted(override: str) -> dict[str, Any]:
-    """`a.b=value` as {"a.b": value}."""
+    """`a.b=value` as {"a.b": value}.
+
+    Raises:
+        ConfigError: it is not of that form, or no run has such a setting.
+    """
     key = override.partition("=")[0].strip()
-    value: Any = {}
-    apply_override(value, override)
+    settings: dict[str, Any] = {}
+    apply_override(settings, override)
+    if key not in setting_keys():
+        try:
+            RunConfig.model_validate(settings)
+        except ValidationError as error:
+            known = [*SweepConfig.model_fields, *setting_keys()]
+            raise ConfigError(f"--set {override}: {describe_invalid(error, known)}") from None
+    value: Any = settings
     for part in key.split("."):
         value = value[part]
     return {key: value}
 
 
+def _check_reaches_all(key: str, sweep: SweepConfig) -> None:
+    """Refuses a --set of all runs that some variants would undo."""
+    undo = [
+        one.name
+        for one in sweep.variants
+        if any(key == own or key.startswith(f"{own}.") for own in one.settings)
+    ]
+    if undo:
+        raise ConfigError(
+            f"--set {key} is meant for all runs, but variants set it themselves: "
+            f"{', '.join(undo)}. Change it there, in a copy of the file."
+        )
+
+
 def parse_sweep(given: dict[str, Any], source: str = "sweep") -> SweepConfig:
-    """Checks a sweep and the configuration of each of its cells.
+    """Checks a sweep that is to begin, and the configuration of each of its cells.
 
     Raises:
-        ConfigError: naming every unknown or bad setting, and the contender that it is of.
+        ConfigError: naming every unknown or bad setting, and the contenders that it is of; or a
+            setting would be without effect.
     """
+    sweep = _validated(given, source)
+    _check_seeds(sweep, source)
+    _check_halving(sweep, _check_contenders(sweep, source), source)
+    return sweep
+
+
+def _validated(given: dict[str, Any], source: str) -> SweepConfig:
     try:
-        sweep = SweepConfig.model_validate(given)
+        return SweepConfig.model_validate(given)
     except ValidationError as error:
         raise ConfigError(
             f"{source}: {describe_invalid(error, list(SweepConfig.model_fields))}"
         ) from None
+
+
+def _check_contenders(sweep: SweepConfig, source: str) -> list[Contender]:
+    """Whether all can be trained, and the baseline is one of them; returns them."""
     found = contenders(sweep, source)
     if sweep.baseline is not None and sweep.baseline not in {one.name for one in found}:
         names = ", ".join(one.name for one in found)
         raise ConfigError(
             f"{source}: baseline is {sweep.baseline!r}, which is no contender. There are: {names}."
         )
-    return sweep
+    return found
+
+
+def _check_seeds(sweep: SweepConfig, source: str) -> None:
+    """Refuses training.seed where each run's own would replace it."""
+    places = {"settings": sweep.settings}
+    places |= {f"the variant {one.name}": one.settings for one in sweep.variants}
+    if taken := [place for place, settings in places.items() if "training.seed" in settings]:
+        raise ConfigError(
+            f"{source}: training.seed cannot be in {', '.join(taken)}: seeds go under `seeds`, and "
+            "all contenders have the same."
+        )
+
+
+def _check_halving(sweep: SweepConfig, found: list[Contender], source: str) -> None:
+    """Refuses a first round in which all runs would come to their end."""
+    most = max(_most_steps(one.config) for one in found)
+    if sweep.halving and sweep.halving.first_steps >= most:
+        raise ConfigError(
+            f"{source}: halving.first_steps is {sweep.halving.first_steps}, but no run has more "
+            f"than {most:,} steps: all would end in the first round, and none be dropped. Lower "
+            "it, or let the runs have more steps."
+        )
+
+
+def _most_steps(config: RunConfig) -> float:
+    """Optimizer steps that a run can have, whatever its data."""
+    training = config.training
+    if training.max_steps:
+        return training.max_steps
+    if config.data.max_pairs is None:
+        return math.inf
+    return math.ceil(training.epochs * math.ceil(config.data.max_pairs / training.batch_size))
 
 
 def contenders(sweep: SweepConfig, source: str = "sweep") -> list[Contender]:
@@ -253,19 +352,25 @@ def contenders(sweep: SweepConfig, source: str = "sweep") -> list[Contender]:
     """
     _check_size(sweep, source)
     found: list[Contender] = []
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {}
     for name, settings in _combinations(sweep):
         merged = {**sweep.settings, **settings}
         try:
             config = resolve(sweep, merged, sweep.seeds[0])
         except ConfigError as error:
-            problems.append(f"contender {name}: {error}")
+            problems.setdefault(str(error), []).append(name)
         else:
             found.append(Contender(name, settings, config))
     if problems:
-        raise ConfigError(f"{source}:\n" + "\n".join(problems))
+        told = (f"{_called(names)}: {problem}" for problem, names in problems.items())
+        raise ConfigError(f"{source}:\n" + "\n".join(told))
     _check_different(found, source)
     return found
+
+
+def _called(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{'contender' if len(names) == 1 else 'contenders'} {shown}"
 
 
 def resolve(sweep: SweepConfig, settings: dict[str, Any], seed: int) -> RunConfig:

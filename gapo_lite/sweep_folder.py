@@ -26,7 +26,7 @@ from typing import Any
 from gapo_lite.disk import replace_text, telling_disk_errors
 from gapo_lite.errors import RunError
 from gapo_lite.runs import ACTIVE_STATES, Run, create_run, folders_with, remove_run
-from gapo_lite.sweep_config import Cell, SweepConfig, cells_of, load_sweep, to_yaml
+from gapo_lite.sweep_config import Cell, SweepConfig, cells_of, load_begun, to_yaml
 
 ENDED = ("finished", "dropped")
 """States of a cell that is never trained again; a failed one is tried anew."""
@@ -55,7 +55,7 @@ class SweepFolder:
     @cached_property
     def config(self) -> SweepConfig:
         """What it tries."""
-        return load_sweep(self.path / "sweep.yaml")
+        return load_begun(self.path / "sweep.yaml")
 
     @cached_property
     def cells(self) -> list[Cell]:
@@ -88,14 +88,15 @@ class SweepFolder:
                     found[path.stem] = record
         return found
 
+    def to_come(self) -> list[Cell]:
+        """Cells that have not ended, in the order in which they are trained."""
+        results = self.results()
+        return [one for one in self.cells if results.get(one.run, {}).get("state") not in ENDED]
+
     def seconds_left(self) -> float | None:
         """Estimate for the cells to come, from the mean of those that have ended; None before."""
-        results = self.results()
-        taken = [record["seconds"] for record in results.values() if record.get("seconds")]
-        if not taken:
-            return None
-        to_come = sum(results.get(c.run, {}).get("state") not in ENDED for c in self.cells)
-        return statistics.mean(taken) * to_come
+        taken = [record["seconds"] for record in self.results().values() if record.get("seconds")]
+        return statistics.mean(taken) * len(self.to_come()) if taken else None
 
     # -- write side --
 

@@ -21,8 +21,8 @@ import numpy as np
 from gapo_lite import sweep_config
 from gapo_lite.config import RunConfig
 from gapo_lite.errors import RunError
-from gapo_lite.public import public_name
-from gapo_lite.sweep_config import SweepConfig, load_sweep, run_name
+from gapo_lite.public import is_local, public_name
+from gapo_lite.sweep_config import Halving, SweepConfig, load_begun, run_name
 
 MEASURES: dict[str, tuple[str, ...]] = {
     "accuracy": ("tuned", "logps/accuracies"),
@@ -73,8 +73,9 @@ class CellResult:
     Attributes:
         run: its name.
         seed: training.seed.
-        state: finished, failed or dropped; "missing" while nothing is known of it.
-        message: why it failed.
+        state: finished, failed, dropped by halving, drifted (stopped by its drift guard), or
+            "missing" while nothing is known of it.
+        message: why it failed or drifted.
         values: measures that are there, keys of MEASURES and "chosen_change", "rejected_change"
             (tuned − base, nats a token); what isn't a number is NaN.
         by_ef: the least alike first.
@@ -141,6 +142,7 @@ class SweepResults:
         base_answers: the base model's `tokens`, `cut_short`, `repetition`; those that are known.
         num_prompts, max_tokens: of the answers; None where none are measured.
         agreement: what agree.json says.
+        roots: folders of this machine that messages may name.
         machines, versions: of the runs, each once.
         problems: files that were left out, and why.
     """
@@ -160,6 +162,7 @@ class SweepResults:
     num_prompts: int | None = None
     max_tokens: int | None = None
     agreement: dict[str, Any] | None = None
+    roots: tuple[Path, ...] = ()
     machines: tuple[str, ...] = ()
     versions: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
@@ -197,7 +200,7 @@ def read_sweep_results(folder: Path) -> SweepResults:
             f"{folder} is not a sweep's folder: it holds no sweep.yaml. Name a folder that "
             "gapo-lite sweep has made."
         )
-    sweep = load_sweep(folder / "sweep.yaml")
+    sweep = load_begun(folder / "sweep.yaml")
     reader = _Reader(folder)
     records = reader.cells()
     found = tuple(_contender(reader, one, sweep, records) for one in sweep_config.contenders(sweep))
@@ -224,6 +227,7 @@ def read_sweep_results(folder: Path) -> SweepResults:
         num_prompts=sweep.answers.prompts if sweep.answers else None,
         max_tokens=sweep.answers.max_tokens if sweep.answers else None,
         agreement=reader.json("agree.json") or None,
+        roots=_roots(configs, folder),
         machines=machines,
         versions=versions,
         problems=tuple(reader.problems),
@@ -274,7 +278,7 @@ def _contender(
     cells = []
     for seed in sweep.seeds:
         run = run_name(reader.folder.resolve().name, contender.name, seed)
-        cell = _cell(run, seed, records.get(run, {}))
+        cell = _cell(run, seed, records.get(run, {}), sweep.halving)
         if cell.state == "finished":
             cell = replace(cell, hits=_hits(reader.of_run(run, "heldout.json")))
         cells.append(cell)
@@ -299,7 +303,7 @@ def _contender(
     )
 
 
-def _cell(run: str, seed: int, record: dict[str, Any]) -> CellResult:
+def _cell(run: str, seed: int, record: dict[str, Any], halving: Halving | None) -> CellResult:
     if not record:
         return CellResult(run, seed)
     values = _values(record, tuple(MEASURES))
@@ -308,6 +312,9 @@ def _cell(run: str, seed: int, record: dict[str, Any]) -> CellResult:
         if all(part in values for part in parts):
             values[f"{side}_change"] = values[parts[0]] - values[parts[1]]
     state = str(record.get("state", "missing"))
+    # Older records do not say what stopped a run; without halving only the guard does.
+    by = record.get("stopped_by") or ("halving" if halving else "drift")
+    state = "drifted" if (state, by) == ("dropped", "drift") else state
     return CellResult(
         run,
         seed,
@@ -393,6 +400,20 @@ def _settings(configs: list[RunConfig]) -> tuple[tuple[str, str], ...]:
         (what, values[0] if len(set(values)) == 1 else "differs: see the contenders")
         for what, values in told.items()
     )
+
+
+def _roots(configs: list[RunConfig], folder: Path) -> tuple[Path, ...]:
+    """Where data and models, runs, this process and this user's files lie."""
+    named = dict.fromkeys(
+        Path(name).parent
+        for config in configs
+        for name in (
+            *(config.data.source, config.data.heldout_source),
+            *(config.model.name, config.ef.bertscore_model),
+        )
+        if name and is_local(name)
+    )
+    return (*named, folder.resolve().parent, Path.cwd(), Path.home())
 
 
 def _listed(names: Iterable[str]) -> str:

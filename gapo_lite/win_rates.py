@@ -19,6 +19,7 @@ decides every verdict; θ has none, so that without an effect of length it is th
 from __future__ import annotations
 
 import importlib.util
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,8 +28,11 @@ from numpy.typing import NDArray
 
 from gapo_lite.errors import ConfigError, DataError
 from gapo_lite.pairing import AnswerPair
+from gapo_lite.prompts import load_prompts
+from gapo_lite.statistics import wilson
 
-ALPACA_EVAL_PROMPTS = 805
+ALPACA_EVAL_BASELINE = "tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json"
+"""The prompts in their order, with the answers that its win rate is against; on the Hub."""
 _PRIOR_SD = 3.0
 _RESAMPLES = 1000
 _RESAMPLES_AT_ONCE = 50
@@ -38,7 +42,8 @@ _DECIDED = 30.0  # θ grows without end where all verdicts are the same
 
 @dataclass(frozen=True, slots=True)
 class WinRate:
-    """A share with its 95 % interval, by bootstrap over the prompts.
+    """A share with its 95 % interval, by bootstrap over the prompts; by Wilson's where all verdicts
+    are the same, since what is drawn from them then is always the same too.
 
     Attributes:
         value: in [0, 1].
@@ -58,6 +63,9 @@ def win_rate(verdicts: NDArray[np.float64], groups: Sequence[object], seed: int)
         groups: N; pairs of one prompt belong together and are drawn together.
         seed: of the bootstrap.
     """
+    if (verdicts == verdicts[0]).all():
+        share = float(verdicts[0])
+        return WinRate(share, *wilson(share, len(set(groups))))
     rates = [weights @ verdicts / weights.sum(1) for weights in _resamples(groups, seed)]
     return _with_interval(float(verdicts.mean()), np.concatenate(rates))
 
@@ -81,6 +89,8 @@ def length_controlled(
     spread = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
     if spread == 0.0:
         return win_rate(verdicts, groups, seed) if not difference.any() else None
+    if (verdicts == verdicts[0]).all():
+        return win_rate(verdicts, groups, seed)
     x = np.tanh(difference / spread)
     fit = _fit(verdicts, x, np.ones((1, len(x))), np.zeros((1, 2)))
     rates = [
@@ -148,24 +158,30 @@ def _with_interval(value: float, rates: NDArray[np.float64]) -> WinRate:
 # -- AlpacaEval's own --
 
 
-def check_alpaca_eval(num_pairs: int) -> None:
-    """Refuses what AlpacaEval's own regression cannot take, before anything is paid for.
+def in_alpaca_eval_order(pairs: Sequence[AnswerPair]) -> list[AnswerPair]:
+    """Pairs on AlpacaEval's own prompts, in its order, which its regression goes by: it knows how
+    difficult each one is. What it cannot take is refused before anything is paid for.
 
     Raises:
         ConfigError: the package is not installed.
-        DataError: these are not its prompts.
+        DataError: these are not its prompts, or its prompts cannot be loaded.
     """
     if importlib.util.find_spec("alpaca_eval") is None:
         raise ConfigError(
             "--length-control alpaca_eval needs the package alpaca_eval: pip install -r "
             "requirements-alpaca-eval.txt, or take --length-control logistic."
         )
-    if num_pairs != ALPACA_EVAL_PROMPTS:
+    waiting: dict[tuple[str, ...], list[AnswerPair]] = defaultdict(list)
+    for pair in pairs:
+        waiting[pair.a.questions].append(pair)
+    wanted = [(prompt.text,) for prompt in load_prompts(ALPACA_EVAL_BASELINE)]
+    found = [waiting[question].pop(0) for question in wanted if waiting[question]]
+    if len(found) != len(wanted) or len(found) != len(pairs):
         raise DataError(
-            f"AlpacaEval's regression knows the difficulty of its own {ALPACA_EVAL_PROMPTS} "
-            f"prompts in their order, but there are {num_pairs} pairs. Take --length-control "
-            "logistic."
+            f"AlpacaEval's regression needs its own {len(wanted)} prompts, each once; of the "
+            f"{len(pairs)} pairs, {len(found)} are on them. Take --length-control logistic."
         )
+    return found
 
 
 def alpaca_eval_win_rate(
@@ -175,7 +191,7 @@ def alpaca_eval_win_rate(
     package with its defaults; it loads the instructions' difficulties from the Hub.
 
     Args:
-        pairs: all of AlpacaEval's prompts in its order; B is its baseline.
+        pairs: as `in_alpaca_eval_order` returns them; B is its baseline.
         verdicts: one a pair, None for those without.
         a, b: names of the models.
 

@@ -164,14 +164,36 @@ def test_the_same_seed_gives_the_same_agreement_and_json_reads_it_back():
     assert (read["num_pairs"], read["num_prompts"], read["resamples"]) == (40, 20, RESAMPLES)
 
 
-def test_ratings_go_before_strength_and_what_is_not_judged_is_left_out_and_counted():
+def test_the_judgement_of_more_pairs_counts_and_of_as_many_the_ratings():
+    pairs = made_pairs(30, 30)
+    rated = [replace(p, chosen_rating=-(p.strength or 0), rejected_rating=0.0) for p in pairs]
+    assert agree(rated).judgement == "ratings"
+    found = agree([rated[0], *pairs[1:]])
+    assert (found.judgement, found.num_pairs, found.num_unjudged) == ("strength", 30, 0)
+
+
+def test_what_is_not_judged_is_left_out_and_counted():
     pairs = made_pairs(30, 30)
     rated = [replace(p, chosen_rating=-(p.strength or 0), rejected_rating=0.0) for p in pairs[:25]]
-    found = agree([*rated, *pairs[25:]])
+    found = agree([*rated, *(replace(pair, strength=None) for pair in pairs[25:])])
     assert (found.judgement, found.num_pairs, found.num_unjudged) == ("ratings", 25, 5)
     assert found.metrics[0].gap.rho == pytest.approx(-agree(pairs[:25]).metrics[0].gap.rho)
     nan = [replace(pair, chosen_rating=float("nan"), rejected_rating=0.0) for pair in pairs]
     assert agree(nan).judgement == "strength"
+
+
+def test_metrics_that_go_the_opposite_way_for_certain_are_told_of_so():
+    pairs = [replace(pair, strength=1 - pair.strength) for pair in made_pairs(60, 60)]
+    found = agree(pairs, metrics=["rougeL", "jaccard"])
+    least = max(found.metrics, key=lambda row: row.gap.rho)
+    assert least.gap.high < 0
+    assert found.sentence.startswith(
+        "No metric's gap follows the judged strength: all go the opposite way, "
+        f"{least.metric}'s the least (ρ -0."
+    )
+    few = agree(pairs[:9], metrics=["rougeL"])
+    assert "does so not at all (ρ -0." in few.sentence
+    assert all(words not in found.sentence for words in ("not for certain", "best"))
 
 
 def test_without_any_judgement_it_says_what_to_bring():
@@ -266,6 +288,16 @@ def test_the_command_reads_the_judgement_from_any_columns(tmp_path, judged):
     assert read["sentence"] in result.stdout
     for name in ("rougeL", "difference of lengths alone", "24 prompts"):
         assert name in result.stdout
+
+
+def test_columns_that_are_asked_for_count_though_more_pairs_have_a_strength(tmp_path):
+    rows = [row | {"strength": 0.5} for row in rows_of(made_pairs(24, 24))]
+    for row in rows[12:]:
+        row["sure"] = None
+    file, out = write_jsonl(tmp_path / "pairs.jsonl", rows), tmp_path / "agree.json"
+    assert call("agree", file, "--strength", "sure", "--json", out).exit_code == 0
+    read = json.loads(out.read_text(encoding="utf-8"))
+    assert (read["judgement"], read["num_pairs"]) == ("ratings", 12)
 
 
 @pytest.mark.parametrize("said", ["yes", float("inf"), None])

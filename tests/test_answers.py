@@ -19,8 +19,15 @@ from forging import forge_run, read_jsonl
 from typer.testing import CliRunner
 
 from gapo_lite import answering
-from gapo_lite.answers import FASTCHAT_TEMPERATURES, check_prompts, temperature_of
+from gapo_lite.answers import (
+    FASTCHAT_TEMPERATURES,
+    Answered,
+    Turn,
+    check_prompts,
+    temperature_of,
+)
 from gapo_lite.cli import app
+from gapo_lite.cli_answers import _check_some
 from gapo_lite.errors import DataError
 from gapo_lite.generate import answer
 from gapo_lite.journal import Journal, open_journal
@@ -204,8 +211,16 @@ def test_a_run_s_base_answers_alone_where_it_is_asked_for(run, tmp_path):
     ok(generate(run.path, "--prompt", "Hello", "--out", both))
     ok(generate(run.path, "--prompt", "Hello", "--out", base, "--base"))
     ((two,), (one,)) = read_jsonl(both), read_jsonl(base)
-    assert one == {"prompt": "Hello", "answer": two["base"]}
+    counts = two["num_tokens"]
+    assert counts.keys() == {"base", "tuned"}
+    assert one == {
+        "prompt": "Hello",
+        "answer": two["base"],
+        "num_tokens": {"answer": counts["base"]},
+    }
     assert two["base"] != two["tuned"]
+    (entry,) = read_answer_file(f"{both}:base").entries
+    assert 0 < entry.num_tokens == counts["base"] <= 6
 
 
 # -- prompts --
@@ -259,10 +274,28 @@ def test_the_file_says_what_was_asked_whatever_column_it_stood_in(tiny_model, tm
     asked = [row["prompt"] for row in read_jsonl(out)]
     assert asked == ["One?", "Two?", "Three?", rows[3]["prompt"]]
     assert [e.questions for e in read_answer_file(str(out.rename(tmp_path / "o.jsonl"))).entries]
+    write_jsonl(path, rows[:3])
     ok(generate(tiny_model, "--prompts", path, "--format", "alpaca_eval", "--out", out))
     found = json.loads(out.read_text(encoding="utf-8"))
-    assert [row["instruction"] for row in found] == ["One?", "Two?", "Three?", "4?"]
+    assert [row["instruction"] for row in found] == ["One?", "Two?", "Three?"]
     assert found[2]["dataset"] == "half \ud83d"
+
+
+@pytest.mark.parametrize("kind", ["alpaca_eval", "mt_bench", "arena_hard"])
+def test_a_format_that_would_lose_a_system_prompt_or_history_refuses_it(tmp_path, kind):
+    talk = [
+        {"role": "system", "content": "Answer in French."},
+        {"role": "user", "content": "Hi"},
+    ]
+    rows = [{"question_id": 1, "turns": ["a"]}, {"question_id": 2, "prompt": talk}]
+    prompts = load_prompts(str(write_jsonl(tmp_path / "p.jsonl", rows)))
+    says = f"prompt 2 has a system prompt or earlier turns, which the format {kind} leaves out"
+    with pytest.raises(DataError, match=says):
+        check_prompts(kind, prompts)
+    check_prompts(kind, prompts[:1])
+    check_prompts("answers", prompts)
+    write_jsonl(tmp_path / "p.jsonl", [{"uid": "u", "prompt": talk}])
+    check_prompts("arena_hard", load_prompts(str(tmp_path / "p.jsonl")))  # as Arena-Hard 2.0
 
 
 @pytest.mark.parametrize("text", ["", " ", "half \udc80"])
@@ -331,9 +364,17 @@ def test_a_prompt_that_is_too_long_is_told_of_and_the_rest_go_on(tiny_model, tmp
     assert "1 of 2 prompts have no answer" in result.stderr
     long, short = read_jsonl(out)
     assert (long["answer"], "2048 tokens at once" in long["problem"]) == ("", True)
-    assert short.keys() == {"prompt", "answer"}
+    assert short.keys() == {"prompt", "answer", "num_tokens"}
     write_jsonl(prompts, [{"prompt": "a " * 3000}])
     assert generate(tiny_model, "--prompts", prompts, "--out", out).exit_code == 2
+
+
+def test_answers_that_were_cut_short_are_counted_by_turn_and_of_each_side(capsys):
+    whole, cut = Turn("x", 6, False, 0.0), Turn("x", 6, True, 0.0)
+    _check_some({"answer": [Answered([cut, cut]), Answered([whole, cut]), Answered([cut], "no")]})
+    assert "3 of 4 answers were ended by --max-tokens" in " ".join(capsys.readouterr().err.split())
+    _check_some({"base": [Answered([whole])], "tuned": [Answered([cut])]})
+    assert capsys.readouterr().err.startswith("tuned: 1 of 1 answers were ended")
 
 
 def test_the_batch_size_does_not_change_the_answers(run, tmp_path):

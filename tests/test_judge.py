@@ -23,10 +23,11 @@ from typer.testing import CliRunner
 from gapo_lite import endpoint as endpoint_module
 from gapo_lite.cli import app
 from gapo_lite.disk import read_jsonl
-from gapo_lite.endpoint import Endpoint
+from gapo_lite.endpoint import Endpoint, RefusedError
 from gapo_lite.errors import ConfigError, DataError
-from gapo_lite.judge import Verdict, cost, read_place
-from gapo_lite.pairing import pair_answers, read_answer_file
+from gapo_lite.judge import Verdict, _questions, cost, judge_pairs, read_place, settled
+from gapo_lite.judgement import summarize
+from gapo_lite.pairing import AnswerFile, AnswerPair, Entry, pair_answers, read_answer_file
 from gapo_lite.prompts import load_prompts
 
 KEY = "sk-secret-0123456789"
@@ -152,7 +153,9 @@ def test_each_pair_is_asked_in_both_orders_and_win_rate_and_length_stand_togethe
     assert (body["model"], body["temperature"]) == ("m", 0)
     assert "10 requests for 6 pairs" in result.stderr
     assert "With 6 pairs all of this may be chance" in " ".join(result.stderr.split())
-    assert re.search(r"At most 0\.\d+ at the given prices", result.stderr)
+    assert re.search(r"At most about 0\.\d+ at the given prices", result.stderr)
+    took = "It took 10 requests; the server counted 90 tokens in and 30 out."
+    assert took in " ".join(result.stderr.split())
     shown = result.output
     assert "win rate of A" in shown
     assert "75.0%" in shown
@@ -169,6 +172,7 @@ def test_a_rerun_costs_nothing_and_ends_with_the_same_file(judge, tmp_path):
         assert len(server.seen) == 10
     assert (tmp_path / "out.json").read_bytes() == before
     assert "0 requests for 6 pairs" in result.stderr
+    assert "It took" not in result.stderr
 
 
 def test_a_judge_that_prefers_a_place_makes_ties_and_is_told_of(judge, tmp_path):
@@ -274,7 +278,84 @@ def test_nonsense_is_asked_for_once_more_and_then_counts_for_nobody(judge, tmp_p
         assert len(server.seen) == 12  # nonsense is paid for once too
     found = summary(tmp_path)
     assert (found["wins"], found["num_unusable"], found["num_usable"]) == (3, 1, 5)
-    assert "1 pairs have no usable verdict, and count for nobody" in result.stderr
+    stderr = " ".join(result.stderr.split())
+    assert "1 pairs have no usable verdict, and count for nobody; the first: the reply" in stderr
+
+
+def completion(text, finish_reason="stop"):
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
+    return 200, json.dumps({"choices": [choice]})
+
+
+SILENT = {
+    "cut before a word": (completion("", "length"), "used up its --max-tokens before a word"),
+    "cut in a word": (completion("Answer 1 is", "length"), "--max-tokens before its mark"),
+    "empty": (completion(" "), "the reply is empty"),
+    "no mark": (completion("Both are nice."), "the reply names neither answer"),
+    "error": ((200, f'{{"error": {{"message": "{KEY} owes 3 $"}}}}'), "… owes 3 $"),
+    "error text": ((200, '{"error": "no credits", "choices": null}'), "no credits"),
+    "no error": ((200, '{"error": null}'), "the reply is no chat completion"),
+}
+
+
+@pytest.mark.parametrize("silent", SILENT)
+def test_why_a_judge_gives_no_verdict_is_told_and_stored(judge, tmp_path, silent):
+    answer, reason = SILENT[silent]
+    with serving(lambda number, content: answer) as server:
+        result = judge(server, "--yes")
+        assert result.exit_code == 0, result.stderr  # one pair is equal
+        assert len(server.seen) == 5 * 2 * 2
+        assert "It took 20 requests." in result.stderr  # and of tokens the server says nothing
+        judge(server, "--yes")
+        # what a model said is kept, though it says nothing; what a server says instead may pass
+        assert len(server.seen) == (40 if "error" in silent else 20)
+    assert reason in " ".join(result.stderr.split())
+    verdicts = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["verdicts"]
+    assert all(reason in verdict["reason"] for verdict in verdicts[:5])
+    assert summary(tmp_path)["num_unusable"] == 5
+
+
+def entry(question, *answers, **fields):
+    """The answer, or the answers of several turns."""
+    talk = []
+    for answer in answers:
+        talk += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Entry("", talk, None, **fields)
+
+
+@pytest.mark.parametrize(("good", "asked"), [(0, 10), (1, 30)])
+def test_a_judge_that_says_nothing_at_first_is_asked_no_further(tmp_path, good, asked):
+    def reply(number, content):
+        return "[[1]]" if number <= 2 * good else completion("", "length")
+
+    pairs = [AnswerPair(entry(f"Q{n}", "a"), entry(f"Q{n}", "b")) for n in range(30)]
+    with serving(reply) as server:
+        endpoint = Endpoint(server.url, "m", kept_in=tmp_path / "kept")
+        if good:
+            verdicts = judge_pairs(endpoint, pairs, workers=1)
+            assert [verdict.how for verdict in verdicts] == ["judged"] + 29 * ["unusable"]
+        else:
+            with pytest.raises(DataError, match=r"no verdict on the first 10 pairs.*--max-tokens"):
+                judge_pairs(endpoint, pairs, workers=1)
+        assert 4 * asked - 2 * good <= len(server.seen) <= 4 * asked + 4  # one may be on its way
+        assert endpoint.spent.requests == len(server.seen)
+
+
+def test_an_error_is_told_without_the_key_wherever_it_stands(tmp_path):
+    for start in (0, 280, 299, 300):
+        error = json.dumps({"error": {"message": "x" * start + KEY}})
+        with serving(lambda number, content, error=error: (400, error)) as server:
+            endpoint = Endpoint(server.url, "m", KEY, kept_in=tmp_path)
+            with pytest.raises(RefusedError) as caught:
+                endpoint.ask([{"role": "user", "content": "Q"}])
+        assert "sk-" not in str(caught.value)
+        assert not re.search(r"\bxs|xs$", str(caught.value))
+
+
+def test_a_server_that_fails_once_and_is_asked_no_more_is_told_of_so(judge):
+    with serving(lambda number, content: (500, "down")) as server:
+        result = judge(server, "--yes", "--retries", 0, "--workers", 1)
+    assert "failed once: m at" in " ".join(result.stderr.split())
 
 
 def test_a_server_that_stays_broken_ends_it_and_keeps_what_was_answered(judge, tmp_path):
@@ -459,6 +540,94 @@ def test_answers_of_all_formats_are_paired_by_prompt_or_id(tmp_path):
         assert (a.answer, b.answer, left) == (*said, 0)
 
 
+def prompted(system, question="hi", answer="x", **fields):
+    """An entry to a question below a system prompt, where there is one."""
+    given = [{"role": "system", "content": system}] if system else []
+    given += [{"role": "user", "content": question}]
+    said = [*given, {"role": "assistant", "content": answer}]
+    return Entry("", said, None, len(given), **fields)
+
+
+def paired(a, b):
+    pairs, left = pair_answers(AnswerFile("a", a), AnswerFile("b", b))
+    return [(pair.a.answer, pair.b.answer) for pair in pairs], left
+
+
+def test_only_answers_to_the_same_system_prompt_and_history_are_paired():
+    a = [prompted("French", answer="1"), prompted("German", answer="2"), prompted("", answer="3")]
+    b = [prompted("", answer="c"), prompted("German", answer="b")]
+    assert paired(a, b) == ([("2", "b"), ("3", "c")], 1)
+    with pytest.raises(DataError, match="no prompt in common"):
+        paired(a[:1], b)
+
+
+def test_one_question_below_two_system_prompts_is_two_prompts():
+    pairs = [AnswerPair(*(prompted(f"Be {n}") for _ in "ab")) for n in range(10)]
+    found = summarize("a", "b", "m", pairs, [Verdict(1.0, "judged")] * 10)
+    assert found["win_rate"]["low"] == pytest.approx(10 / (10 + 1.96**2), abs=1e-4)  # not 1 / …
+
+
+def test_questions_alone_decide_where_a_format_holds_nothing_else():
+    a = [prompted("French", answer="1"), prompted("", answer="2")]
+    bare = [prompted("", answer="b", is_bare=True)]
+    assert paired(a, bare) == ([("2", "b")], 1)  # what is the same goes first
+    assert paired(a[:1], bare) == ([("1", "b")], 0)
+    assert paired(bare, a[:1]) == ([("b", "1")], 0)
+    ((pair,), _) = pair_answers(AnswerFile("b", bare), AnswerFile("a", a[:1]))
+    for question in _questions(pair):  # both orders show what one of them lacks
+        assert question[1]["content"].startswith("<system>\nFrench\n</system>")
+
+
+def test_arena_hard_s_answers_are_told_from_what_was_given(tmp_path):
+    given = [*HISTORY[:3], {"role": "user", "content": "And now?"}]
+    for content in ({"answer": "good"}, "good"):
+        messages = [*given, {"role": "assistant", "content": content}]
+        row = {"uid": "u", "model": "m", "messages": messages}
+        (found,) = read_answer_file(str(write_jsonl(tmp_path / "a.jsonl", [row]))).entries
+        # where texts are all there is, they are all the model's
+        assert found.answers[-1] == "good"
+        assert found.num_given == (4 if isinstance(content, dict) else 2)
+
+
+def test_ids_that_are_missing_or_twice_pair_nothing_by_chance(tmp_path):
+    def questions(*rows):
+        return load_prompts(str(write_jsonl(tmp_path / "question.jsonl", rows)))
+
+    answer = {"model_id": "m", "choices": [{"index": 0, "turns": ["Paris"]}]}
+    path = str(write_jsonl(tmp_path / "m.jsonl", [answer]))
+    with pytest.raises(DataError, match=r"m\.jsonl:1: it has no question_id"):
+        read_answer_file(path, questions({"turns": ["2+2?"]}, {"question_id": 7, "turns": ["7"]}))
+    with pytest.raises(DataError, match="'7' is used for two questions"):
+        read_answer_file(
+            path, questions({"question_id": 7, "turns": ["a"]}, {"question_id": 7, "turns": ["b"]})
+        )
+
+
+def test_a_mistyped_field_is_told_with_those_that_there_are(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "tuned": "t", "base": "b"}])
+    with pytest.raises(DataError, match="1: it has no field 'bse'; it has base, prompt, tuned"):
+        read_answer_file(f"{path}:bse")
+    with pytest.raises(DataError, match=r"there is no file .*none\.jsonl"):
+        read_answer_file(f"{tmp_path / 'none.jsonl'}:base")
+
+
+@pytest.mark.parametrize("fields", [("", ""), (":base", ":base"), ("", ":tuned")])
+def test_answers_are_not_compared_with_themselves(tmp_path, fields):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "tuned": "t", "base": "b"}])
+    arguments = ["judge", *(f"{path}{field}" for field in fields), "--model", "m", "--yes"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out.json")])
+    assert result.exit_code == 2
+    assert "add :tuned and :base" in " ".join(result.stderr.split())
+
+
+def test_a_run_s_sides_may_be_equal_and_be_compared(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "tuned": "t", "base": "t"}])
+    arguments = ["judge", f"{path}:tuned", f"{path}:base", "--model", "m"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out.json")])
+    assert result.exit_code == 0, result.stderr
+    assert summary(tmp_path)["num_equal"] == 1
+
+
 def test_answers_that_have_ids_alone_need_the_benchmark_s_questions(tmp_path):
     questions = [{"question_id": 81, "category": "writing", "turns": ["One?", "Two?"]}]
     prompts = load_prompts(str(write_jsonl(tmp_path / "question.jsonl", questions)))
@@ -526,12 +695,97 @@ def test_a_prompt_that_is_there_twice_pairs_with_its_like(tmp_path):
     ]
 
 
-def test_the_cost_is_known_before_it_is_due(files):
+def test_the_cost_is_known_before_it_is_due(files, tmp_path):
     pairs, _ = pair_answers(*map(read_answer_file, files))
-    due = cost(Endpoint("http://127.0.0.1:9/v1", "m", max_tokens=100), pairs)
-    assert (due.requests, due.kept, due.tokens_out) == (10, 0, 1000)
-    assert 1200 < due.tokens_in < 2500
-    assert due.price(1, 2) == pytest.approx((due.tokens_in + 2 * 1000) / 1e6)
+    with serving(lambda number, content: "no idea") as server:
+        endpoint = Endpoint(server.url, "m", max_tokens=100, kept_in=tmp_path / "kept")
+        due = cost(endpoint, pairs)
+        assert (due.requests, due.most_requests, due.kept) == (10, 20, 0)
+        assert due.tokens_out == 20 * 100
+        assert 2400 < due.tokens_in < 5000
+        assert due.price(1, 2) == pytest.approx((due.tokens_in + 2 * 2000) / 1e6)
+        judge_pairs(endpoint, pairs)
+        assert len(server.seen) == due.most_requests
+        due = cost(endpoint, pairs)
+        assert (due.requests, due.most_requests, due.kept, due.tokens_out) == (0, 0, 20, 0)
+
+
+def test_a_kept_reply_without_a_mark_will_cost_its_second_one(judge, files, tmp_path):
+    pairs, _ = pair_answers(*map(read_answer_file, files))
+    with serving(lambda number, content: "no idea") as server:
+        endpoint = Endpoint(server.url, "m", KEY)
+        for question in _questions(pairs[0]):
+            endpoint.ask(question)  # and then it was killed
+        due = cost(endpoint, pairs[:1])
+        assert (due.requests, due.most_requests, due.kept) == (2, 2, 2)
+        result = judge(server)
+        assert "agree to the cost with --yes" in result.stderr
+        assert len(server.seen) == 2
+
+
+# -- what is not asked, and what is asked of a history --
+
+HISTORY = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "x" * 500},
+    {"role": "user", "content": "And now?"},
+]
+
+
+def with_history(tmp_path, name, answer):
+    row = {"prompt": HISTORY, "answer": answer}
+    return read_answer_file(str(write_jsonl(tmp_path / f"{name}.jsonl", [row])))
+
+
+def test_what_was_given_as_said_before_is_not_the_answer(tmp_path):
+    files = [with_history(tmp_path, name, text) for name, text in (("a", ""), ("b", "good"))]
+    (pair,), _ = pair_answers(*files)
+    verdict = settled(pair)
+    assert (verdict.score, verdict.how) == (0.0, "empty")
+    assert summarize("a", "b", "m", [pair], [verdict])["characters"] == [0, 4]
+
+
+def test_a_history_is_shown_once_and_the_answers_alone_are_compared(tmp_path):
+    files = [with_history(tmp_path, name, text) for name, text in (("a", "yes"), ("b", "no"))]
+    (pair,), _ = pair_answers(*files)
+    there, back = (question[1]["content"] for question in _questions(pair))
+    before = (
+        "<system>\nBe kind.\n</system>\n\n<question>\nHi\n</question>\n\n"
+        f"<reply>\n{'x' * 500}\n</reply>\n\n<question>\nAnd now?\n</question>\n\n"
+    )
+    for text, first, second in ((there, "yes", "no"), (back, "no", "yes")):
+        assert text == (
+            f"{before}<answer 1>\n{first}\n</answer 1>\n\n<answer 2>\n{second}\n</answer 2>\n\n"
+            "Which answer is better?"
+        )
+
+
+def test_of_several_turns_each_stands_within_both_answers():
+    pair = AnswerPair(entry("Q", "a1", "a2"), entry("Q", "b1", "b2"))
+    text = next(_questions(pair))[1]["content"]
+    assert text.startswith("<answer 1>\n<question>\nQ\n</question>\n\n<reply>\na1\n</reply>\n\n")
+    assert text.count("<question>") == text.count("<reply>") == 4
+
+
+def test_prompts_that_nobody_answered_are_left_out_and_told_of(tmp_path):
+    rows = [{"prompt": f"Q{n}", "answer": "yes" if n < 3 else ""} for n in range(9)]
+    files = [
+        str(write_jsonl(tmp_path / f"{name}.jsonl", [row | more for row in rows]))
+        for name, more in (("a", {}), ("b", {"problem": "too long"}))
+    ]
+    arguments = ["judge", *files, "--out", str(tmp_path / "out.json"), "--model", "m"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    found = summary(tmp_path)
+    assert (found["num_usable"], found["ties"], found["num_unanswered"]) == (3, 3, 6)
+    assert found["characters"] == [3, 3]
+    stderr = " ".join(result.stderr.split())
+    assert "6 prompts have no answer in either file: left out" in stderr
+    for path in files:
+        write_jsonl(Path(path), rows[3:])
+    result = CliRunner().invoke(app, arguments)
+    assert "no prompt has an answer in either file" in " ".join(result.stderr.split())
 
 
 # -- a reward model --
@@ -570,6 +824,18 @@ def test_a_reward_model_s_higher_score_wins(judge, reward_model, tmp_path):
                 assert score == pytest.approx(float(model(**inputs).logits), abs=1e-4)
         assert row["score"] == float(row["scores"][0] > row["scores"][1])
     assert rows[5]["how"] == "equal"
+
+
+def test_scores_are_kept_until_the_file_is_written(judge, reward_model, tmp_path, monkeypatch):
+    journal = tmp_path / "out.json.journal.jsonl"
+    options = ("--reward-model", reward_model)
+    monkeypatch.setattr("gapo_lite.cli_answers.whole_file", None)  # fails when all is scored
+    assert judge(None, *options, model=False).exit_code == 1
+    assert len(read_jsonl(journal)) == 10
+    monkeypatch.undo()
+    monkeypatch.setattr("gapo_lite.reward_model._score", None)  # nothing is scored again
+    assert judge(None, *options, model=False).exit_code == 0
+    assert not journal.exists()
 
 
 @pytest.mark.parametrize("name", ["embedded:smollm2-135m-instruct", "no/such-model", "reward"])

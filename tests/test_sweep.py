@@ -10,12 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
 
-from gapo_lite.errors import ConfigError, RunError
+from gapo_lite import answering
+from gapo_lite.chat import Voice, base_voice
+from gapo_lite.cli import app
+from gapo_lite.config import ModelConfig
+from gapo_lite.errors import ConfigError, DataError, RunError
 from gapo_lite.report import write_report
 from gapo_lite.runs import open_run
 from gapo_lite.sweep import Budget, run_sweep
-from gapo_lite.sweep_config import parse_sweep
+from gapo_lite.sweep_cells import measure_answers
+from gapo_lite.sweep_config import Answers, parse_sweep
 from gapo_lite.sweep_folder import SweepFolder, create_sweep, list_sweeps, open_sweep
 
 VARIANTS = [
@@ -59,6 +67,7 @@ def test_a_sweep_trains_every_cell_as_an_ordinary_run(given: dict, tmp_path: Pat
         run = open_run(name, tmp_path)
         assert run.state() == record["state"] == "finished"
         assert record["step"] == record["total"] == 4
+        assert record["stopped_by"] is None
         rows = [row for row in run.metrics() if "eval/loss" in row]
         assert [row["step"] for row in rows] == [0, 4]
         for side, row in (("base", rows[0]), ("tuned", rows[-1])):
@@ -268,6 +277,7 @@ def test_halving_drops_the_worse_and_its_decision_survives_a_stop(
         "halving": {"first_steps": 2, "keep": 0.34, "growth": 2, "metric": "rewards/margins"},
         "seeds": [1],
         "answers": None,
+        "baseline": None,
     }
     given["settings"] |= {"training.max_steps": 6}
     folder = new(given, tmp_path)
@@ -288,9 +298,22 @@ def test_halving_drops_the_worse_and_its_decision_survives_a_stop(
     ended = {name: (record["state"], record["step"]) for name, record in results.items()}
     (best,) = set(results) - {first, second}
     assert ended == {first: ("dropped", 2), second: ("dropped", 4), best: ("finished", 6)}
+    assert results[first]["stopped_by"] == results[second]["stopped_by"] == "halving"
     assert results["still"]["tuned"]["rewards/margins"] == pytest.approx(
         results["still"]["base"]["rewards/margins"], abs=1e-6
     )
+
+
+def test_a_run_that_drifts_is_recorded_as_such(quick: dict, tmp_path: Path) -> None:
+    quick |= {"variants": [], "baseline": None}
+    quick["settings"] |= {"training.eval_steps": 1, "training.learning_rate": 0.1}
+    quick["settings"] |= {"training.max_chosen_fall": 1e-4, "training.on_drift": "stop"}
+    folder = new(quick, tmp_path)
+    assert told(folder)[0] == "finished"
+    (record,) = folder.results().values()
+    assert (record["state"], record["stopped_by"]) == ("dropped", "drift")
+    assert record["step"] < 4
+    assert "1 stopped by the drift guard" in write_report(folder.path)[1].read_text("utf-8")
 
 
 def test_a_run_in_the_way_is_told_before_anything_is_trained(quick: dict, tmp_path: Path) -> None:
@@ -358,3 +381,109 @@ def test_several_processes_are_refused(
     monkeypatch.setattr("gapo_lite.sweep.PartialState", Two)
     with pytest.raises(ConfigError, match="single process"):
         run_sweep(folder)
+
+
+# -- answers --
+
+PROMPTS = [[{"role": "user", "content": "Say " + "more " * n}] for n in range(5)]
+SYSTEM = [{"role": "system", "content": "Answer in French."}]
+HISTORY = [{"role": "user", "content": "I am Ada."}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.fixture
+def voice(tiny_settings: dict) -> Voice:
+    return base_voice(ModelConfig(**tiny_settings["model"]))
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_answers_are_written_with_all_that_was_asked(voice: Voice, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    asked = [PROMPTS[0], [*SYSTEM, *HISTORY, *PROMPTS[1]]]
+    measure_answers(voice, asked, Answers(max_tokens=4), out)
+    assert [row["prompt"] for row in lines_of(out)] == [PROMPTS[0][0]["content"], asked[1]]
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
+def test_where_memory_runs_out_fewer_are_answered_at_once(
+    voice: Voice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how, whole, out = Answers(max_tokens=4), tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    expected = measure_answers(voice, PROMPTS, how, whole)
+    inner, sizes = answering.answer_batch, []
+
+    def small(model: object, tokenizer: object, conversations: list, **options: object) -> list:
+        sizes.append(len(conversations))
+        if len(conversations) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return inner(model, tokenizer, conversations, **options)
+
+    monkeypatch.setattr(answering, "answer_batch", small)
+    assert measure_answers(voice, PROMPTS, how, out) == expected
+    assert sizes == [5, 2, 2, 1]
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_prompts_beyond_the_model_s_context_are_no_part_of_the_means(
+    voice: Voice, tmp_path: Path
+) -> None:
+    context = voice.context or 0
+    long = [{"role": "user", "content": "word " * context}]
+    found = measure_answers(voice, [long, PROMPTS[0]], Answers(max_tokens=4), tmp_path / "a.jsonl")
+    assert found["num_prompts"] == 1
+    assert f"reads {context} tokens at once" in lines_of(tmp_path / "a.jsonl")[0]["problem"]
+    with pytest.raises(DataError, match="none of 1 held-out prompts could be answered"):
+        measure_answers(voice, [long], Answers(max_tokens=4), tmp_path / "b.jsonl")
+
+
+# -- the command --
+
+
+@pytest.fixture
+def file(quick: dict, tmp_path: Path) -> Path:
+    path = tmp_path / "file.yaml"
+    path.write_text(yaml.safe_dump(quick), encoding="utf-8")
+    return path
+
+
+def command(*arguments: object) -> tuple[str, str]:
+    """What it says on stdout and on stderr."""
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.stdout, result.stderr
+
+
+def test_a_dry_run_of_a_begun_sweep_lists_what_is_to_come_and_trains_nothing(
+    quick: dict, tmp_path: Path
+) -> None:
+    folder = new(quick, tmp_path)
+    told(folder, budget=Budget(max_runs=1))
+    out, err = command("sweep", "--resume", "s", "--runs-dir", tmp_path, "--dry-run")
+    assert out.split() == ["s-gapo-s1"]
+    assert "1 of 2 runs are to come. Nothing was trained." in err
+    assert not (tmp_path / "s-gapo-s1").exists()
+
+
+def test_the_end_of_a_sweep_names_the_command_of_its_report(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gapo_lite.sweep.run_sweep", lambda *_, **__: "finished")
+    monkeypatch.chdir(tmp_path)
+    assert "gapo-lite report file\n" in command("sweep", file)[1]
+    assert "gapo-lite report file-2\n" in command("sweep", file)[1]
+    elsewhere = tmp_path / "my runs"
+    err = command("sweep", file, "--runs-dir", elsewhere)[1]
+    assert f"gapo-lite report '{elsewhere}/file'\n" in err
+
+
+def test_the_end_of_a_sweep_tells_drift_from_halving(
+    quick: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gapo_lite.sweep.run_sweep", lambda *_, **__: "finished")
+    folder = new(quick, tmp_path)
+    for cell, by in zip(folder.cells, ("drift", "halving"), strict=True):
+        folder.record({"run": cell.run, "state": "dropped", "stopped_by": by})
+    out = command("sweep", "--resume", folder.path)[0]
+    assert "0 of 2 runs finished, 1 stopped by the drift guard, 1 dropped" in out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from datetime import date
 from pathlib import Path
 
@@ -11,7 +12,14 @@ import yaml
 from gapo_lite.config import load_config
 from gapo_lite.errors import ConfigError
 from gapo_lite.objectives import OBJECTIVES
-from gapo_lite.sweep_config import cells_of, contenders, load_sweep, parse_sweep, to_yaml
+from gapo_lite.sweep_config import (
+    cells_of,
+    contenders,
+    load_begun,
+    load_sweep,
+    parse_sweep,
+    to_yaml,
+)
 
 RECIPES = Path(__file__).parents[1] / "configs"
 SWEEPS = sorted((RECIPES / "sweeps").glob("*.yaml"))
@@ -35,6 +43,13 @@ def test_every_recipe_loads_and_opens_with_its_purpose_and_command(path: Path) -
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")
     assert f"gapo-lite sweep configs/sweeps/{path.name}" in text
+
+
+def test_the_example_of_the_docs_is_a_sweep() -> None:
+    text = (RECIPES.parent / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    lines = text.partition("## The file")[2].partition("A *contender*")[0]
+    given = yaml.safe_load(textwrap.dedent(lines))
+    assert len(contenders(parse_sweep({**given, "base": BASE}))) == 4
 
 
 def test_the_recipes_are_the_issue_s_and_each_table_has_its_rows() -> None:
@@ -140,6 +155,27 @@ def test_overrides_reach_the_sweep_and_its_runs() -> None:
         ({"decile_metric": "rouge9"}, ["must be one of jaccard"]),
         ({"halving": {"first_steps": 0}}, ["halving.first_steps"]),
         ({"grid": {"margin.gamma": list(range(2000))}}, ["6,000 runs"]),
+        ({"settings": {"training.seed": 7}}, ["cannot be in settings", "seeds go under `seeds`"]),
+        (
+            {"variants": [{"name": n, "settings": {"training.seed": 7}} for n in "ab"]},
+            ["cannot be in the variant a, the variant b: seeds go under"],
+        ),
+        (
+            {"halving": {"first_steps": 60}, "settings": {"training.max_steps": 16}},
+            ["halving.first_steps is 60, but no run has more than 16 steps"],
+        ),
+        (  # 2 passes over ⌈100 / 16⌉ = 7 steps
+            {
+                "halving": {"first_steps": 14},
+                "grid": {"training.epochs": [1, 2.0]},
+                "settings": {"data.max_pairs": 100, "training.batch_size": 16},
+            },
+            ["no run has more than 14 steps"],
+        ),
+        (
+            {"settings": {"margin.gama": 1}, "grid": {"lora.rank": [1, 2, 3, 4]}},
+            ["contenders rank-1, rank-2, rank-3 and 1 more: settings"],
+        ),
         ({"grid": {"ef.bertscore_model": ["x" * 80]}}, ["Give variants a name"]),
         ({"base": "demo.yaml"}, ["was not read"]),
     ],
@@ -202,3 +238,73 @@ def test_overrides_of_settings_that_are_no_settings_are_told(tmp_path: Path) -> 
     (tmp_path / "s.yaml").write_text("base: {}\nsettings: 5\n")
     with pytest.raises(ConfigError, match="settings"):
         load_sweep(tmp_path / "s.yaml", ["training.max_steps=3"])
+
+
+def test_halving_is_refused_only_where_it_could_drop_nobody() -> None:
+    halving = {"first_steps": 8}
+    assert names(halving=halving)  # how many steps there are depends on the data
+    assert names(halving=halving, grid={"training.max_steps": [4, 16]})
+
+
+def test_a_sweep_that_would_not_be_begun_now_can_still_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    given = {"base": BASE, "settings": {"training.seed": 7, "training.max_steps": 4}}
+    path.write_text(yaml.safe_dump({**given, "halving": {"first_steps": 8}}))
+    assert load_begun(path).halving
+    with pytest.raises(ConfigError, match=r"training\.seed"):
+        load_sweep(path)
+
+
+@pytest.fixture
+def rates(tmp_path: Path) -> Path:
+    """A sweep of three contenders, two of which set their own learning rate."""
+    path = tmp_path / "s.yaml"
+    variants = [
+        {"name": "low", "settings": {"training.learning_rate": 1e-5}},
+        {"name": "high", "settings": {"training.learning_rate": 3e-5}},
+        {"name": "other", "settings": {"margin": {}}},
+    ]
+    path.write_text(yaml.safe_dump({"base": BASE, "variants": variants}))
+    return path
+
+
+def test_an_override_that_variants_would_undo_is_refused_with_their_names(rates: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--set training\.learning_rate .*: low, high\."):
+        load_sweep(rates, ["training.learning_rate=3e-4"])
+    with pytest.raises(ConfigError, match=r"--set margin\.gamma .*: other\."):
+        load_sweep(rates, ["margin.gamma=0.5"])
+    assert load_sweep(rates, ["training.max_steps=3"])
+
+
+def test_an_override_s_seed_is_refused(rates: Path) -> None:
+    with pytest.raises(ConfigError, match="seeds go under `seeds`"):
+        load_sweep(rates, ["training.seed=7"])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("nope=3", "nope: there is no such setting."),
+        ("sedes=[1]", "Did you mean seeds?"),
+        ("margin.gama=1", "Did you mean margin.gamma?"),
+        ("margin=1", "margin"),
+    ],
+)
+def test_an_override_of_no_setting_is_told_once(rates: Path, override: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_sweep(rates, [override])
+    message = str(caught.value)
+    assert message.startswith(f"--set {override}: ")
+    assert says in message
+    assert message.count(override.partition("=")[0] + ":") == 1
+    assert "contender" not in message
+
+
+def test_a_run_s_configuration_is_no_sweep_and_the_reverse() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_sweep(RECIPES / "demo.yaml")
+    assert str(caught.value).endswith(f"gapo-lite train {RECIPES / 'demo.yaml'}")
+    with pytest.raises(ConfigError) as caught:
+        load_config(RECIPES / "sweeps" / "demo.yaml")
+    assert str(caught.value).endswith(f"gapo-lite sweep {RECIPES / 'sweeps' / 'demo.yaml'}")
+    assert "\n" not in str(caught.value)

@@ -43,7 +43,7 @@ def given() -> dict:
 def work(monkeypatch: pytest.MonkeyPatch) -> Callable[[SweepFolder, Train], str]:
     """Runs a sweep whose cells are trained by a function of the test."""
 
-    def work(folder: SweepFolder, train: Train) -> str:
+    def work(folder: SweepFolder, train: Train, max_runs: int | None = None) -> str:
         def train_cell(cell: Cell, runs_dir: Path, shared: object, pause: Any, **_: Any) -> Run:
             train(cell, runs_dir, pause)
             return Run(runs_dir / cell.run)
@@ -58,7 +58,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Callable[[SweepFolder, Train], str]
         monkeypatch.setattr(sweep, "train_cell", train_cell)
         monkeypatch.setattr(sweep, "cell_record", record)
         monkeypatch.setattr(sweep._Sweep, "_ask_the_data", lambda self: None)
-        return sweep.run_sweep(folder, budget=Budget(), show_progress=False)
+        return sweep.run_sweep(folder, budget=Budget(None, max_runs), show_progress=False)
 
     return work
 
@@ -164,6 +164,60 @@ def test_contenders_that_cannot_go_on_do_not_take_a_place_of_the_next_round(
     assert found["b"][0] == "failed"
     assert found["c"] == ("finished", 100)
     assert found["d"] == ("dropped", 8)
+
+
+def test_the_baseline_goes_on_whatever_its_rank_and_takes_nobody_s_place(
+    given: dict, tmp_path: Path, work: Any
+) -> None:
+    given |= {"halving": {"first_steps": 4}, "baseline": "a"}
+    score = {"a": 0.5, "b": 0.6, "c": 0.8, "d": 0.7}
+    folder = create_sweep(parse_sweep(given), tmp_path, "s", "s")
+    assert work(folder, step_by_step(lambda name, step: score[name])) == "finished"
+    assert states(folder) == {
+        **{"a": ("finished", 100), "b": ("dropped", 4), "c": ("finished", 100)},
+        "d": ("dropped", 8),
+    }
+
+
+def test_more_seeds_at_the_end_of_a_round_count_more_than_a_better_mean_of_fewer(
+    given: dict, tmp_path: Path, work: Any
+) -> None:
+    """Two seeds of `a` drift, and the third is better than any of `b`."""
+    given |= {"halving": {"first_steps": 4}, "seeds": [1, 2, 3]}
+    given["variants"] = given["variants"][:2]
+    inner = step_by_step(lambda name, step: {"a": 0.82, "b": 0.80}[name])
+
+    def train(cell: Cell, runs_dir: Path, pause: Any) -> None:
+        if cell.contender == "a" and cell.seed > 1:
+            leave(runs_dir / cell.run, "stopped", 2, 0.3, stopped_by="drift", message="it drifted")
+        else:
+            inner(cell, runs_dir, pause)
+
+    folder = create_sweep(parse_sweep(given), tmp_path, "s", "s")
+    assert work(folder, train) == "finished"
+    found = {name: (one["state"], one["step"]) for name, one in folder.results().items()}
+    assert found["s-a-s1"] == ("dropped", 4)
+    assert {found[f"s-b-s{seed}"] for seed in (1, 2, 3)} == {("finished", 100)}
+
+
+def test_a_run_that_lacks_its_record_alone_is_none_of_max_runs(
+    given: dict, tmp_path: Path, work: Any
+) -> None:
+    folder = create_sweep(parse_sweep(given), tmp_path, "s", "s")
+    leave(tmp_path / "s-a-s1", "finished", 100, 0.5)
+    leave(tmp_path / "s-b-s1", "stopped", 2, 0.5, stopped_by="drift", message="it drifted")
+    trained = []
+
+    def train(cell: Cell, runs_dir: Path, pause: Any) -> None:
+        if cell.contender in "cd":
+            trained.append(cell.contender)
+            leave(runs_dir / cell.run, "finished", 100, 0.5)
+
+    assert work(folder, train, max_runs=1) == "stopped"
+    assert trained == ["c"]
+    assert {name: state for name, (state, _) in states(folder).items()} == {
+        **{"a": "finished", "b": "dropped", "c": "finished"},
+    }
 
 
 def test_a_stop_asked_for_in_a_run_s_last_moments_stops_the_sweep(

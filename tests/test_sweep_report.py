@@ -87,7 +87,7 @@ def test_a_difference_whose_interval_includes_0_is_no_difference(tmp_path):
     # mean 1.33, deviations 1.67, −2.33, 0.67: s = 2.08, 4.3027 · 2.08 / √3 = 5.2
     assert "**gapo**: accuracy +1.3 ± 5.2 points (1.1 of 84 pairs) over 3 seeds." in markdown
     assert "includes 0: no difference can be told from these runs" in markdown
-    assert "These runs do not tell the contender from simpo by held-out accuracy" in page.text
+    assert "The contender cannot be told apart from simpo by held-out accuracy" in page.text
     assert "higher" not in markdown.split("## How to read")[0]
 
 
@@ -111,7 +111,7 @@ def test_with_many_comparisons_one_lucky_interval_is_a_lead_and_no_finding(tmp_p
     page, markdown = _written(_sweep(tmp_path, gains | {"lucky": (0.020, 0.033, 0.040)}))
     assert "**lucky**: accuracy +3.1 ± 2.5 points" in markdown
     assert "among 4 comparisons that is not enough" in markdown
-    assert "do not tell any of 4 contenders from simpo" in page.text
+    assert "None of 4 contenders can be told apart from simpo" in page.text
     assert "There are 4 comparisons with the baseline" in page.text
     assert "about 0.2 of the intervals" in page.text
 
@@ -119,7 +119,7 @@ def test_with_many_comparisons_one_lucky_interval_is_a_lead_and_no_finding(tmp_p
 def test_the_same_difference_on_every_seed_proves_nothing(tmp_path):
     page, markdown = _written(_sweep(tmp_path, {"gapo": (0.05, 0.05, 0.05)}))
     assert "It is the same on every seed" in markdown
-    assert "do not tell the contender from simpo" in page.text
+    assert "The contender cannot be told apart from simpo" in page.text
 
 
 def _with_hits(folder: Path, ours: list[list[bool]], theirs: list[list[bool]]) -> Path:
@@ -176,7 +176,7 @@ def test_one_seed_has_means_and_no_interval_and_no_verdict(tmp_path):
     assert "One seed has no interval" in markdown
     assert "With one seed there is none" in page.text
     assert "| **gapo** | 1 of 1 | 90.0 |" in markdown
-    assert "do not tell the contender from simpo" in page.text
+    assert "The contender cannot be told apart from simpo" in page.text
 
 
 def test_only_seeds_that_both_have_are_compared(tmp_path):
@@ -198,7 +198,19 @@ def test_a_baseline_without_a_finished_run_is_told(tmp_path):
     folder = forge_sweep(tmp_path)
     add_cell(folder, "gapo", 1)
     page, _ = _written(folder)
-    assert "The baseline simpo has no finished run" in page.text
+    assert "The baseline simpo has no finished run yet, so there is nothing" in page.text
+
+
+def test_of_a_sweep_that_is_over_nothing_is_to_come(tmp_path):
+    folder = forge_sweep(tmp_path, seeds=(1,), halving={"first_steps": 4})
+    write(folder / "sweep-status.json", {"state": "finished"})
+    for name in ("gapo", "simpo"):
+        add_cell(folder, name, 1, state="dropped", step=4)
+    assert "No run has finished, so there is nothing to say." in _written(folder)[0].text
+    add_cell(folder, "gapo", 1)
+    page, _ = _written(folder)
+    assert "The baseline simpo has no finished run, so there is nothing to compare" in page.text
+    assert "1 dropped by halving. What follows is of the finished ones alone. " in page.text
 
 
 # --- what is there --------------------------------------------------------------------------------
@@ -244,7 +256,52 @@ def test_failed_dropped_and_missing_runs_are_counted_and_explained(tmp_path):
     assert "| **gapo** | 1 of 3: 1 failed, 1 dropped at step 4 |" in markdown
     assert "4 of 6 runs are finished, 1 failed, 1 dropped by halving." in page.text
     assert "gapo, seed 3, failed: out of memory in x.py: lower data.max_length" in page.text
-    assert "1 run was stopped early by successive halving" in page.text
+    assert "1 run was stopped early by successive halving and counts in no mean" in page.text
+    assert "drift guard" not in page.text
+
+
+def test_runs_that_the_drift_guard_stopped_are_not_passed_over(tmp_path):
+    folder = _sweep(tmp_path, {"gapo": (0.02, 0.025, 0.03)}, halving={"first_steps": 4})
+    message = "At step 6 … So training.on_drift stopped it."
+    drifted = {"state": "dropped", "stopped_by": "drift", "step": 6, "message": message}
+    add_cell(folder, "gapo", 3, accuracy=0.4, **drifted)
+    page, markdown = _written(folder)
+    assert "| **gapo** | 2 of 3: 1 drifted at step 6 |" in markdown
+    assert "5 of 6 runs are finished, 1 stopped by the drift guard. What follows" in page.text
+    assert "over 2 seeds" in page.text
+    assert "This is without 1 of its 3 runs, stopped by the drift guard." in page.text
+    assert "(training.on_drift) and counts in no mean. The means of gapo are of" in page.text
+    assert f"gapo, seed 3, was stopped by the drift guard: {message}" in page.text
+    assert "halving" not in page.text
+
+
+def test_a_record_that_does_not_say_what_stopped_a_run_is_read_by_its_sweep(tmp_path):
+    for name, halving in (("plain", None), ("halved", {"first_steps": 4})):
+        folder = forge_sweep(tmp_path, name, halving=halving)
+        add_cell(folder, "simpo", 1)
+        for seed in (1, 2):
+            add_cell(folder, "gapo", seed, state="dropped", step=4)
+    plain, halved = (_written(tmp_path / name)[0].text for name in ("plain", "halved"))
+    assert "2 stopped by the drift guard" in plain
+    assert "2 runs were stopped by the drift guard (training.on_drift) and count in" in plain
+    assert "halving" not in plain
+    assert "2 dropped by halving" in halved
+    assert "2 runs were stopped early by successive halving and count in no mean" in halved
+    assert "drift guard" not in halved
+
+
+def test_words_that_a_first_reader_does_not_know_are_explained(tmp_path):
+    page, _ = _written(_sweep(tmp_path, {"gapo": (0.03, -0.01, 0.02)}))
+    reading = page.text.partition("How to read this")[2]
+    for word in (
+        "A contender is",
+        "Logps are",
+        "in nats (",
+        "EF, the",
+        "A reward margin",
+        "target",
+    ):
+        assert word in reading
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308, None, "x"])
@@ -368,6 +425,27 @@ def test_messages_keep_the_last_part_of_a_path():
         "rewards/margins of HuggingFaceTB/SmolLM2"
     )
     assert len(without_paths("x" * 10_000)) == 600
+
+
+def test_of_a_path_with_blanks_nothing_but_the_last_part_is_kept():
+    told = without_paths("cannot read /home/ada lovelace/Secret Client Ltd/pairs.jsonl: gone.")
+    assert told == "cannot read pairs.jsonl: gone."
+    assert without_paths("/a b/x.jsonl or ~/y z/q.bin or ./c/d") == "x.jsonl or q.bin or d"
+    roots = [Path("/srv/Client (Secret), a b c d e"), Path("Client X")]
+    message = f"read {roots[0]}/x.jsonl, {roots[1]}/y.jsonl, {roots[0]}."
+    assert without_paths(message, roots) == "read x.jsonl, y.jsonl, ~."
+
+
+def test_the_folders_of_a_sweep_s_own_data_stay_out_of_its_messages(tmp_path):
+    client = "Client (Secret), a b c d"
+    source = f"{tmp_path}/{client}/pairs.jsonl"
+    settings = SETTINGS | {"gapo": {"data.source": source}}
+    folder = forge_sweep(tmp_path, contenders=settings)
+    add_cell(folder, "gapo", 1, state="failed", message=f"cannot read {source} of {Path.cwd()}")
+    add_cell(folder, "simpo", 1)
+    page, markdown = _written(folder)
+    assert "gapo, seed 1, failed: cannot read pairs.jsonl of ~" in page.text
+    assert "Secret" not in markdown
 
 
 def test_a_full_disk_leaves_the_old_report_alone(tmp_path, monkeypatch):

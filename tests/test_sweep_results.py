@@ -56,7 +56,7 @@ def test_margins_are_in_reward_units_and_only_of_objectives_that_have_them(tmp_p
 
 def test_failed_and_dropped_runs_do_not_count(tmp_path):
     folder = forge_sweep(tmp_path)
-    add_cell(folder, "gapo", 1, accuracy=0.9, state="dropped", step=4)
+    add_cell(folder, "gapo", 1, accuracy=0.9, state="dropped", stopped_by="halving", step=4)
     run = "sweep-gapo-s2"
     write(
         folder / "cells" / f"{run}.json",

@@ -12,9 +12,10 @@ import pytest
 from gapo_lite import win_rates
 from gapo_lite.errors import ConfigError, DataError
 from gapo_lite.pairing import AnswerPair, Entry
+from gapo_lite.prompts import text_prompt
 from gapo_lite.win_rates import (
     alpaca_eval_win_rate,
-    check_alpaca_eval,
+    in_alpaca_eval_order,
     length_controlled,
     win_rate,
 )
@@ -73,10 +74,21 @@ def test_a_known_effect_is_taken_out():
     assert found.value == pytest.approx(sigmoid(0.4), abs=0.03)  # 59.9 %
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_one_sided_verdicts_stay_one_sided(share):
+@pytest.mark.parametrize(("share", "interval"), [(0.0, (0, 0.2775)), (1.0, (0.7225, 1))])
+def test_one_sided_verdicts_stay_one_sided_and_are_not_certain(share, interval):
     verdicts, lengths = np.full(10, share), np.arange(10.0)
-    assert length_controlled(verdicts, lengths, lengths[::-1], range(10), 0).value == share
+    controlled = length_controlled(verdicts, lengths, lengths[::-1], range(10), 0)
+    for found in (win_rate(verdicts, range(10), 0), controlled):
+        assert found.value == share  # 10 / (10 + 1.96²) = 0.7225
+        assert (found.low, found.high) == pytest.approx(interval, abs=1e-4)
+
+
+def test_verdicts_that_are_the_same_count_by_their_prompts():
+    of_five = win_rate(np.ones(10), [n // 2 for n in range(10)], 0)
+    assert of_five == win_rate(np.ones(5), range(5), 0)
+    assert of_five.low == pytest.approx(5 / (5 + 1.96**2), abs=1e-4)
+    ties = win_rate(np.full(12, 0.5), range(12), 0)
+    assert ties.low < 0.3 < 0.7 < ties.high
 
 
 def test_equal_lengths_need_no_control_and_a_constant_difference_allows_none():
@@ -140,7 +152,6 @@ def test_alpaca_eval_s_own_regression_runs_on_its_own_prompts(alpaca_eval, tmp_p
     pairs = [pair(str(n), "x" * a, "y" * b) for n, (a, b) in enumerate(lengths)]
     verdicts = [float(a > b) for a, b in lengths]
     verdicts[3] = None
-    check_alpaca_eval(len(pairs))
     found = alpaca_eval_win_rate(pairs, verdicts, "mine", "baseline")
     raw = 100 * np.mean([verdict for verdict in verdicts if verdict is not None])
     assert found["win_rate"] == pytest.approx(raw)
@@ -148,10 +159,34 @@ def test_alpaca_eval_s_own_regression_runs_on_its_own_prompts(alpaca_eval, tmp_p
     json.dumps(found)
 
 
-def test_alpaca_eval_s_regression_is_refused_for_other_prompts_or_without_its_package(monkeypatch):
+@pytest.fixture
+def own_prompts(monkeypatch):
+    """Three prompts, of which two are the same, in place of AlpacaEval's on the Hub."""
+    monkeypatch.setattr(win_rates.importlib.util, "find_spec", lambda name: name)
+    prompts = [text_prompt(text) for text in ("one", "two", "one")]
+    monkeypatch.setattr(win_rates, "load_prompts", {win_rates.ALPACA_EVAL_BASELINE: prompts}.get)
+
+
+def test_alpaca_eval_s_prompts_are_brought_into_its_order(own_prompts):
+    pairs = [pair("one", "a", "b"), pair("one", "c", "d"), pair("two", "e", "f")]
+    found = in_alpaca_eval_order(pairs)
+    assert [each.a.answer for each in found] == ["a", "e", "c"]
+
+
+@pytest.mark.parametrize(
+    ("others", "num"), [((), 2), (("three",), 2), (("two", "three"), 2), (("one", "three"), 3)]
+)
+def test_alpaca_eval_s_regression_is_refused_for_other_prompts(own_prompts, others, num):
+    pairs = [pair(text, "a", "b") for text in ("one", "two", *others)]
+    says = f"own 3 prompts, each once; of the {len(pairs)} pairs, {num} are on them"
+    with pytest.raises(DataError, match=says):
+        in_alpaca_eval_order(pairs)
+
+
+def test_alpaca_eval_s_regression_is_refused_without_its_package_or_its_prompts(monkeypatch):
     monkeypatch.setattr(win_rates.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"requirements-alpaca-eval\.txt"):
-        check_alpaca_eval(805)
+        in_alpaca_eval_order([])
     monkeypatch.setattr(win_rates.importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(DataError, match="own 805 prompts in their order, but there are 12"):
-        check_alpaca_eval(12)
+    with pytest.raises(DataError, match=r"alpaca_eval_gpt4_baseline\.json is no file here"):
+        in_alpaca_eval_order([pair("one", "a", "b")])

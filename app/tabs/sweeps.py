@@ -86,7 +86,7 @@ class _Form:
             self.halving = gr.Checkbox(
                 False,
                 label="stop losers early",
-                info="Half of the contenders goes on to twice the steps.",
+                info="The baseline and half of the others go on to twice the steps.",
             )
             self.first_steps = gr.Number(first.first_steps, label="steps of the first round")
         with gr.Row():

@@ -58,6 +58,8 @@ def open_table(path: Path) -> Iterator[Table]:
         DataError: it is no ordinary file of a known kind, or empty, unreadable or damaged.
     """
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if not path.exists():
+        raise DataError(f"there is no file {path}.")
     if suffix not in READERS or not path.is_file():
         raise DataError(
             f"{str(path)!r} is no file of a kind that can be read. "

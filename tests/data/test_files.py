@@ -477,6 +477,13 @@ def test_a_file_of_an_unknown_kind_is_an_error(load, name: str) -> None:
         load(name, GOOD)
 
 
+def test_a_file_that_is_not_there_is_told_of_so(tmp_path: Path) -> None:
+    for name in ("answers.jsonl", "answers.txt"):
+        missing = pytest.raises(DataError, match=rf"^there is no file \S*/{name}\.$")
+        with missing, files.open_table(tmp_path / name):
+            pass
+
+
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.jsonl")
     with pytest.raises(DataError, match="no file of a kind"):
