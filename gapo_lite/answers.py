@@ -1,7 +1,6 @@
 """Files of answers: written as benchmarks read them, and read again to be judged.
 
-answers      .jsonl: {"prompt", "answer"}, or {"prompt", "base", "tuned"} of a run; and
-             "num_tokens" of each answer, by its field
+answers      .jsonl: {"prompt", "answer"}, or {"prompt", "base", "tuned"} of a run
 alpaca_eval  .json: AlpacaEval's model_outputs.json, a list of {"instruction", "output",
              "generator", "dataset"}; it looks for others of its columns, not for ours
 mt_bench     .jsonl: FastChat's data/mt_bench/model_answer/<model>.jsonl
@@ -132,7 +131,6 @@ def _answers(prompts: Sequence[Prompt], sides: Sides, model: str) -> str:
         alone = len(prompt.messages) == 1
         row: dict[str, Any] = {"prompt": prompt.text if alone else prompt.messages}
         row |= {side: answered.turns[0].text for side, answered in said.items()}
-        row["num_tokens"] = {side: answered.turns[0].num_tokens for side, answered in said.items()}
         problem = next((answered.problem for answered in said.values() if answered.problem), "")
         rows.append(row | ({"problem": problem} if problem else {}))
     return _jsonl(rows)

@@ -31,16 +31,16 @@ def sweep(
             "(training.max_steps=8). Repeatable.",
         ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the sweep; else the file's.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name; default: the file's.")] = None,
     runs_dir: RunsDir = Path("runs"),
     resume: Annotated[
         str | None, typer.Option(metavar="SWEEP", help="Go on with this one, by name or folder.")
     ] = None,
     hours: Annotated[
         float | None,
-        typer.Option(min=0.001, help="Stop after so many; the run under way is saved."),
+        typer.Option(min=0.001, help="Stop after this many; the run under way is saved."),
     ] = None,
-    max_runs: Annotated[int | None, typer.Option(min=1, help="Train at most so many runs.")] = None,
+    max_runs: Annotated[int | None, typer.Option(min=1, help="Train at most this many.")] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Check and list the runs that are to come; train nothing."),

@@ -64,7 +64,14 @@ def replace_text(path: Path, text: str) -> None:
                 os.fsync(file.fileno())
             part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        discard(part)
+
+
+def discard(part: Path) -> None:
+    """Removes what is left of a file that could not be written; on a read-only disk that fails even
+    where there is nothing."""
+    with contextlib.suppress(OSError):
+        part.unlink()
 
 
 def part_of(path: Path) -> Path:

@@ -176,6 +176,8 @@ class Endpoint:
             with self._counting:
                 self.spent.tokens_in += tokens_in or 0
                 self.spent.tokens_out += tokens_out or 0
+            if not (reply.text or reply.was_cut):
+                return reply  # nothing is what a server says that is set up wrongly
             place.parent.mkdir(parents=True, exist_ok=True)
             row = {**asdict(reply), "tokens_in": tokens_in, "tokens_out": tokens_out}
             replace_text(place, json.dumps(row))

@@ -8,6 +8,7 @@ answers: the equal are a tie, an empty one loses, and two empty ones are nothing
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -137,6 +138,7 @@ def judge_pairs(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Verdict]:
     """The verdicts on N pairs; what was answered is kept, so that killed work costs nothing twice.
+    They are asked about in a shuffled order, so that the first are like all.
 
     Args:
         endpoint: who is asked.
@@ -150,17 +152,21 @@ def judge_pairs(
     """
     verdicts = [settled(pair) for pair in pairs]
     waiting = [number for number, verdict in enumerate(verdicts) if verdict is None]
+    random.Random(0).shuffle(waiting)
+    new = {n for n in waiting if any(_due(endpoint, q)[0] for q in _questions(pairs[n]))}
     judged: list[Verdict] = []
     with _Pool(endpoint, workers) as pool:
         futures = {pool.submit(_judge, endpoint, pairs[number]): number for number in waiting}
         for future in as_completed(futures):
             if isinstance(future.exception(), StoppedError):
                 continue  # what stopped it is raised by another one
-            verdict = verdicts[futures[future]] = future.result()
-            judged.append(verdict)
-            _check_sense(endpoint, judged, len(waiting))
+            number = futures[future]
+            verdict = verdicts[number] = future.result()
+            if number in new:  # what is kept costs nothing, and was asked of the same judge before
+                judged.append(verdict)
+                _check_sense(endpoint, judged, len(new))
             if progress:
-                progress(len(pairs) - len(waiting) + len(judged), len(pairs))
+                progress(sum(one is not None for one in verdicts), len(pairs))
     return [verdict for verdict in verdicts if verdict is not None]
 
 
@@ -172,8 +178,9 @@ def _check_sense(endpoint: Endpoint, judged: Sequence[Verdict], num: int) -> Non
         raise DataError(f"{endpoint.name} answers none of the requests: {reason}")
     if len(judged) >= _TELLING_UNUSABLE and all(verdict.score is None for verdict in judged):
         raise DataError(
-            f"{endpoint.name} gave no verdict on the first {len(judged)} pairs, so no more are "
-            f"asked about; the last: {reason}. Mend that, or take another judge."
+            f"{endpoint.name} gave no verdict on any of {len(judged)} pairs, so no more are asked "
+            f"about; the last: {reason}. Mend that, or take another judge; the same command asks "
+            "about others."
         )
 
 

@@ -70,7 +70,7 @@ def summarize(
         "win_rate": asdict(win_rate(scores, groups, seed)),
         "length_controlled_win_rate": asdict(controlled) if controlled else None,
         "length_control": LENGTH_CONTROL["logistic"],
-        "interval": "95 %, bootstrap over prompts; Wilson's where all verdicts are the same",
+        "interval": "95 %, bootstrap over prompts; from Wilson's where all verdicts are the same",
         "seed": seed,
         "characters": [float(of_a.mean()), float(of_b.mean())],
         "tokens": [_mean_tokens([pair[side] for pair, _ in usable]) for side in (0, 1)],

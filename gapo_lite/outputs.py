@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gapo_lite.disk import part_of
+from gapo_lite.disk import discard, part_of
 from gapo_lite.errors import GapoError, RunError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def whole_file(out: Path) -> Iterator[Path]:
             _settle(part)
             part.replace(out)
     finally:
-        part.unlink(missing_ok=True)
+        discard(part)
 
 
 @contextlib.contextmanager

@@ -177,14 +177,10 @@ def _questions(entry: Entry) -> list[Any]:
     return [entry.questions]
 
 
-def _by_id(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
-    found: dict[str, Prompt] = {}
+def _by_id(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+    found: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
-        key = _id_of(prompt.row)
-        if key in found:
-            raise DataError(f"the id {key!r} is used for two questions of --prompts.")
-        if key:
-            found[key] = prompt
+        found[_id_of(prompt.row)].append(prompt)
     return found
 
 
@@ -192,9 +188,11 @@ class _UnreadableError(Exception):
     pass
 
 
-def _read(row: Row, field: str, by_id: dict[str, Prompt]) -> tuple[str, Entry]:
+def _read(row: Row, field: str, by_id: dict[str, list[Prompt]]) -> tuple[str, Entry]:
     if field and field not in row:
         raise _UnreadableError(f"it has no field {field!r}; it has {', '.join(sorted(row))}.")
+    if field and not row.keys().isdisjoint(("choices", "uid", "instruction")):
+        raise _UnreadableError(f"its format holds one answer a row: leave out :{field}.")
     if "choices" in row:
         return str(row.get("model_id", "")), _read_choices(row, by_id)
     if "uid" in row and isinstance(row.get("messages"), list):
@@ -214,13 +212,11 @@ def _read(row: Row, field: str, by_id: dict[str, Prompt]) -> tuple[str, Entry]:
         )
     answer, prompt = _text(row[name], name), row["prompt"]
     turns = prompt if isinstance(prompt, list) else [_asked(_text(prompt, "prompt"))]
-    counts = row.get("num_tokens")
-    count = _count(counts.get(name)) if isinstance(counts, dict) else None
     given = [_message(turn) for turn in turns]
-    return "", Entry("", [*given, _answered(answer)], count, len(given))
+    return "", Entry("", [*given, _answered(answer)], None, len(given))
 
 
-def _read_choices(row: Row, by_id: dict[str, Prompt]) -> Entry:
+def _read_choices(row: Row, by_id: dict[str, list[Prompt]]) -> Entry:
     key = _id_of(row)
     if not key:
         raise _UnreadableError("it has no question_id, which says what it answers.")
@@ -229,6 +225,8 @@ def _read_choices(row: Row, by_id: dict[str, Prompt]) -> Entry:
             f"it answers question {key}, which is not known: give the benchmark's question.jsonl "
             "with --prompts."
         )
+    if len(by_id[key]) > 1:
+        raise _UnreadableError(f"the id {key!r} is used for two questions of --prompts.")
     try:
         turns = row["choices"][0]["turns"]
         answers = [turn["content"] if isinstance(turn, dict) else turn for turn in turns]
@@ -236,7 +234,7 @@ def _read_choices(row: Row, by_id: dict[str, Prompt]) -> Entry:
         raise _UnreadableError("its choices are none of MT-Bench's or Arena-Hard's.") from None
     counts: list[Any] = [turn.get("token_len") for turn in turns if isinstance(turn, dict)]
     known = bool(counts) and all(isinstance(count, int) for count in counts)
-    prompt = by_id[key]
+    (prompt,) = by_id[key]
     num_questions = 1 + len(prompt.followups)
     if num_questions < len(answers) or not answers:
         raise _UnreadableError(f"it has {len(answers)} answers to {num_questions} questions.")
@@ -244,7 +242,8 @@ def _read_choices(row: Row, by_id: dict[str, Prompt]) -> Entry:
     for number, answer in enumerate(answers):
         messages += [_asked(prompt.followups[number - 1])] if number else []
         messages += [_answered(_text(answer, "choices"))]
-    return Entry(key, messages, sum(counts) if known else None, len(prompt.messages))
+    num_given = len(prompt.messages)
+    return Entry(key, messages, sum(counts) if known else None, num_given, is_bare=num_given == 1)
 
 
 def _read_messages(row: Row) -> Entry:

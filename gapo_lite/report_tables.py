@@ -25,9 +25,9 @@ from gapo_lite.statistics import estimate
 from gapo_lite.sweep_results import ContenderResult, EfGroup, SweepResults
 
 _NAME = r"""[^\s/"',;:()]+"""
-# Folders may have blanks in their names. What only looks so, as in "neither /a/b nor c/d", is cut
-# as well: better than a client's name in a report.
-_FOLDER = rf"{_NAME}(?: (?![~.]*/){_NAME}){{0,3}}/+"
+# Folders may have blanks in their names, files end before one. What only looks so, as in "neither
+# /a/b nor c/d", is cut as well: better than a client's name in a report.
+_FOLDER = rf"(?!{_NAME}\.\w{{1,6}} ){_NAME}(?: (?![~.]*/){_NAME}){{0,3}}/+"
 _PATH = re.compile(rf"""(["'])[~/][^"'\n]*\1|(?<![\w.:/~-])~?\.{{0,2}}/+(?:{_FOLDER})*{_NAME}/*""")
 _LONGEST_MESSAGE = 600
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +78,15 @@ thousands of open brackets a RecursionError."""
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice (PyYAML would silently keep the last)."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         twice = sorted(name for name, count in names.items() if count > 1)
         if twice:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key {twice[0]!r} is given twice", node.start_mark
             )
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _describe(problem: Any, known: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 MOST_FAILURES = 3
 """Cells in a row that fail before the whole does: then it is not the cell."""
+ROUNDS = "rounds.json"
 
 
 class _Stop(Exception):
@@ -165,24 +166,33 @@ class _Sweep:
         self.started = now()
 
     def work(self) -> None:
-        """All rounds; without halving there is one."""
+        """All cells; with halving only the best of them to their end."""
         self._check_name()
         self.say("running")
         self._ask_the_data()
         self._measure_base()
-        alive = list(dict.fromkeys(cell.contender for cell in self.folder.cells))
         halving = self.folder.config.halving
-        limit = float(halving.first_steps) if halving else math.inf
-        while True:
-            cells = [cell for cell in self.folder.cells if cell.contender in alive]
-            for cell in cells:
-                self._reach(cell, limit)
-            if halving is None or all(self._is_over(cell) for cell in cells):
-                return
-            alive = self._better_half(cells, alive, limit, halving)
-            is_decided = sum(name != self.folder.config.baseline for name in alive) <= 1
+        for cell in self._rounds(halving) if halving else self.folder.cells:
+            self._reach(cell, math.inf)
+
+    def _rounds(self, halving: Halving) -> list[Cell]:
+        """The cells of the contenders that go on to the end, after all rounds."""
+        cells, limit = self.folder.cells, halving.first_steps
+        alive = list(dict.fromkeys(cell.contender for cell in cells))
+        while sum(name != self.folder.config.baseline for name in alive) > 1:
+            kept = self.folder.read(ROUNDS).get(str(limit))
+            if kept is None:
+                for cell in cells:
+                    self._reach(cell, limit)
+                if all(self._is_over(cell) for cell in cells):
+                    break
+                kept = self._better_half(cells, alive, limit, halving)
+            self._drop(cell for cell in cells if cell.contender not in kept)
+            alive = [name for name in alive if name in kept]
+            cells = [cell for cell in cells if cell.contender in alive]
             # A whole number: runs stop at steps, and are compared by what they were there.
-            limit = math.inf if is_decided else math.ceil(limit * halving.growth)
+            limit = math.ceil(limit * halving.growth)
+        return cells
 
     def _check_name(self) -> None:
         """Runs are named after their sweep, so one with another name knows none of its own."""
@@ -320,24 +330,27 @@ class _Sweep:
     # -- rounds --
 
     def _better_half(
-        self, cells: list[Cell], alive: list[str], limit: float, halving: Halving
+        self, cells: list[Cell], alive: list[str], limit: int, halving: Halving
     ) -> list[str]:
-        """The contenders that go on, the baseline among them; the others' cells are recorded as
-        dropped."""
+        """The contenders that go on, the baseline among them. It is kept: a seed that failed then
+        and succeeds in a later call changes nothing of it."""
         baseline = self.folder.config.baseline
         rivals = [name for name in alive if name != baseline]
         scores = {name: self._score(cells, name, limit, halving.metric) for name in rivals}
         ranked = sorted(rivals, key=lambda name: scores[name], reverse=True)  # stable
-        kept = {baseline, *ranked[: math.ceil(len(rivals) * halving.keep)]}
+        better = {baseline, *ranked[: math.ceil(len(rivals) * halving.keep)]}
+        kept = [name for name in alive if name in better]
+        if dropped := [f"{name} ({scores[name]})" for name in alive if name not in better]:
+            self.tell(f"After {limit} steps these are dropped: {', '.join(dropped)}")
+        self.folder.write(ROUNDS, {**self.folder.read(ROUNDS), str(limit): kept})
+        return kept
+
+    def _drop(self, cells: Iterable[Cell]) -> None:
+        """Records that no more will come of these cells."""
         for cell in cells:
-            if cell.contender not in kept and not self._has_ended(cell):
-                run = Run(self.folder.runs_dir / cell.run)
-                if _status(run).get("state") == "stopped":
-                    self._record(cell, run, "dropped")
-        dropped = [f"{name} ({scores[name]})" for name in alive if name not in kept]
-        if dropped:
-            self.tell(f"After {limit:g} steps these are dropped: {', '.join(dropped)}")
-        return [name for name in alive if name in kept]
+            run = Run(self.folder.runs_dir / cell.run)
+            if not self._has_ended(cell) and _status(run).get("state") == "stopped":
+                self._record(cell, run, "dropped")
 
     def _score(self, cells: list[Cell], name: str, limit: float, metric: str) -> _Score:
         values = [v for c in cells if c.contender == name for v in self._at(c, limit, metric)]

@@ -324,7 +324,7 @@ def _check_seeds(sweep: SweepConfig, source: str) -> None:
 
 
 def _check_halving(sweep: SweepConfig, found: list[Contender], source: str) -> None:
-    """Refuses a first round in which all runs would come to their end."""
+    """Refuses a first round in which all runs would come to their end, where the settings tell."""
     most = max(_most_steps(one.config) for one in found)
     if sweep.halving and sweep.halving.first_steps >= most:
         raise ConfigError(

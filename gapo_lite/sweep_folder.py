@@ -6,6 +6,7 @@ to read. It lies among the runs, and its runs are ordinary run folders beside it
       sweep-status.json    state, cell under way, done of total, heartbeat
       base.json            the base model's answers, measured; they are in base_answers.jsonl
       agree.json           gaps against the data's own judgements, where there are any
+      rounds.json          of successive halving: steps of a round → contenders that went on
       cells/<run>.json     what came of a cell
       report.html, .md     see report.py
     runs/<sweep>-<contender>-s<seed>/

@@ -22,7 +22,7 @@ from gapo_lite import sweep_config
 from gapo_lite.config import RunConfig
 from gapo_lite.errors import RunError
 from gapo_lite.public import is_local, public_name
-from gapo_lite.sweep_config import Halving, SweepConfig, load_begun, run_name
+from gapo_lite.sweep_config import SweepConfig, load_begun, run_name
 
 MEASURES: dict[str, tuple[str, ...]] = {
     "accuracy": ("tuned", "logps/accuracies"),
@@ -278,7 +278,7 @@ def _contender(
     cells = []
     for seed in sweep.seeds:
         run = run_name(reader.folder.resolve().name, contender.name, seed)
-        cell = _cell(run, seed, records.get(run, {}), sweep.halving)
+        cell = _cell(run, seed, records.get(run, {}))
         if cell.state == "finished":
             cell = replace(cell, hits=_hits(reader.of_run(run, "heldout.json")))
         cells.append(cell)
@@ -303,7 +303,7 @@ def _contender(
     )
 
 
-def _cell(run: str, seed: int, record: dict[str, Any], halving: Halving | None) -> CellResult:
+def _cell(run: str, seed: int, record: dict[str, Any]) -> CellResult:
     if not record:
         return CellResult(run, seed)
     values = _values(record, tuple(MEASURES))
@@ -312,9 +312,8 @@ def _cell(run: str, seed: int, record: dict[str, Any], halving: Halving | None) 
         if all(part in values for part in parts):
             values[f"{side}_change"] = values[parts[0]] - values[parts[1]]
     state = str(record.get("state", "missing"))
-    # Older records do not say what stopped a run; without halving only the guard does.
-    by = record.get("stopped_by") or ("halving" if halving else "drift")
-    state = "drifted" if (state, by) == ("dropped", "drift") else state
+    if state == "dropped" and record.get("stopped_by") == "drift":
+        state = "drifted"
     return CellResult(
         run,
         seed,

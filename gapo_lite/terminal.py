@@ -235,7 +235,7 @@ def show_forecast(forecast: Forecast) -> None:
     plan, work, device, gib = forecast.plan, forecast.work, forecast.device, 2**30
     dials = plan.dials
     limits = dials.limits
-    hours = f"{plan.hours:.3g} h" if plan.hours >= 1 else f"{plan.hours * 60:.3g} min"
+    hours = f"{_short(plan.hours)} h" if plan.hours >= 1 else f"{_short(plan.hours * 60)} min"
     rows = [
         ("pairs to train on", f"{len(work.lengths):,}"),
         ("tokens a pair", f"{work.lengths.sum(axis=1).mean():,.0f}"),
@@ -247,7 +247,7 @@ def show_forecast(forecast: Forecast) -> None:
         ("memory at the peak", f"{plan.peak / gib:.1f} of {device.memory / gib:.0f} GiB"),
         ("pairs a second", f"{plan.pairs_per_second:.2f}"),
         ("tokens a second", f"{plan.tokens_per_second:,.0f}"),
-        ("an optimizer step", f"{plan.step_seconds:.3g} s"),
+        ("an optimizer step", f"{_short(plan.step_seconds)} s"),
         ("the whole run", hours),
     ]
     show_table(("estimated, not measured", forecast.device.name), rows)
@@ -259,6 +259,10 @@ def show_forecast(forecast: Forecast) -> None:
         )
         remedy = f"It would with {settings}." if settings else "Nothing here helps."
         note(f"This does not fit. {remedy}")
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _run_cells(row: RunOverview) -> list[str]:

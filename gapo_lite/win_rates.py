@@ -42,8 +42,9 @@ _DECIDED = 30.0  # θ grows without end where all verdicts are the same
 
 @dataclass(frozen=True, slots=True)
 class WinRate:
-    """A share with its 95 % interval, by bootstrap over the prompts; by Wilson's where all verdicts
-    are the same, since what is drawn from them then is always the same too.
+    """A share with its 95 % interval, by bootstrap over the prompts. Where all N verdicts are the
+    same, so is all that could be drawn from them; then up to Wilson's bound for 0 of N is taken to
+    be different.
 
     Attributes:
         value: in [0, 1].
@@ -64,8 +65,8 @@ def win_rate(verdicts: NDArray[np.float64], groups: Sequence[object], seed: int)
         seed: of the bootstrap.
     """
     if (verdicts == verdicts[0]).all():
-        share = float(verdicts[0])
-        return WinRate(share, *wilson(share, len(set(groups))))
+        share, others = float(verdicts[0]), wilson(0.0, len(set(groups)))[1]
+        return WinRate(share, share - others * share, share + others * (1 - share))
     rates = [weights @ verdicts / weights.sum(1) for weights in _resamples(groups, seed)]
     return _with_interval(float(verdicts.mean()), np.concatenate(rates))
 

@@ -8,6 +8,7 @@ import yaml
 from gapo_lite.config import RunConfig, load_config, parse_config, setting_keys, used_settings
 from gapo_lite.errors import ConfigError
 from gapo_lite.objectives import OBJECTIVES
+from gapo_lite.settings import read_yaml
 
 RECIPES = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(RECIPES.glob("*.yaml"))
@@ -140,6 +141,14 @@ def test_sections_may_be_merged_as_yaml_allows(tmp_path):
     path.write_text("data:\n  <<: {source: a.jsonl, max_length: 300}\n  max_length: 200\n")
     config = load_config(path)
     assert (config.data.source, config.data.max_length) == ("a.jsonl", 200)
+
+
+def test_what_was_merged_into_a_section_may_be_merged_again(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "x: &x {k: 1, m: 2}\ntemplates: {deep: {inner: &a {<<: *x, k: 5}}}\nb: {<<: *a, z: 1}\n"
+    )
+    assert read_yaml(path) == yaml.safe_load(path.read_text())
 
 
 @pytest.mark.parametrize("value", ["2026-02-30", "[" * 3000])

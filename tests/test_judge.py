@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -307,8 +308,8 @@ def test_why_a_judge_gives_no_verdict_is_told_and_stored(judge, tmp_path, silent
         assert len(server.seen) == 5 * 2 * 2
         assert "It took 20 requests." in result.stderr  # and of tokens the server says nothing
         judge(server, "--yes")
-        # what a model said is kept, though it says nothing; what a server says instead may pass
-        assert len(server.seen) == (40 if "error" in silent else 20)
+        # what a model said is kept, though it names no answer; what a server says instead may pass
+        assert len(server.seen) == (40 if "error" in silent or silent == "empty" else 20)
     assert reason in " ".join(result.stderr.split())
     verdicts = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["verdicts"]
     assert all(reason in verdict["reason"] for verdict in verdicts[:5])
@@ -333,12 +334,47 @@ def test_a_judge_that_says_nothing_at_first_is_asked_no_further(tmp_path, good, 
         endpoint = Endpoint(server.url, "m", kept_in=tmp_path / "kept")
         if good:
             verdicts = judge_pairs(endpoint, pairs, workers=1)
-            assert [verdict.how for verdict in verdicts] == ["judged"] + 29 * ["unusable"]
+            assert Counter(one.how for one in verdicts) == {"judged": 1, "unusable": 29}
         else:
-            with pytest.raises(DataError, match=r"no verdict on the first 10 pairs.*--max-tokens"):
+            with pytest.raises(DataError, match=r"no verdict on any of 10 pairs.*--max-tokens"):
                 judge_pairs(endpoint, pairs, workers=1)
         assert 4 * asked - 2 * good <= len(server.seen) <= 4 * asked + 4  # one may be on its way
         assert endpoint.spent.requests == len(server.seen)
+
+
+def test_a_judge_that_was_mended_is_asked_again_and_one_that_was_not_about_other_pairs(tmp_path):
+    replies = ["I cannot say"]
+    pairs = [AnswerPair(entry(f"Q{n}", "a"), entry(f"Q{n}", "b")) for n in range(25)]
+    with serving(lambda number, content: replies[0]) as server:
+        endpoint = Endpoint(server.url, "m", kept_in=tmp_path / "kept")
+
+        def judged():
+            endpoint.stopped.clear()
+            return judge_pairs(endpoint, pairs, workers=1)
+
+        for _ in range(2):  # what it said of the first 10 is kept, and not held against it again
+            with pytest.raises(DataError, match="no verdict on any of 10 pairs"):
+                judged()
+        verdicts = judged()
+        assert {verdict.how for verdict in verdicts} == {"unusable"}
+        assert len(server.seen) == 4 * 25
+        replies[0] = completion("")
+        pairs = pairs[:20] + [AnswerPair(entry(f"R{n}", "a"), entry(f"R{n}", "b")) for n in "0123"]
+        judged()
+        replies[0] = "[[0]]"
+        assert [verdict.how for verdict in judged()[20:]] == 4 * ["judged"]
+
+
+def test_pairs_without_a_verdict_at_the_head_of_the_files_do_not_end_it(tmp_path):
+    def reply(number, content):
+        return "I cannot say" if "poem" in content else "[[0]]"
+
+    questions = [f"A poem, {n}" for n in range(14)] + [f"Q{n}" for n in range(16)]
+    pairs = [AnswerPair(entry(question, "a"), entry(question, "b")) for question in questions]
+    with serving(reply) as server:
+        endpoint = Endpoint(server.url, "m", kept_in=tmp_path / "kept")
+        verdicts = judge_pairs(endpoint, pairs, workers=1)
+    assert [verdict.how for verdict in verdicts] == 14 * ["unusable"] + 16 * ["judged"]
 
 
 def test_an_error_is_told_without_the_key_wherever_it_stands(tmp_path):
@@ -597,10 +633,34 @@ def test_ids_that_are_missing_or_twice_pair_nothing_by_chance(tmp_path):
     path = str(write_jsonl(tmp_path / "m.jsonl", [answer]))
     with pytest.raises(DataError, match=r"m\.jsonl:1: it has no question_id"):
         read_answer_file(path, questions({"turns": ["2+2?"]}, {"question_id": 7, "turns": ["7"]}))
-    with pytest.raises(DataError, match="'7' is used for two questions"):
-        read_answer_file(
-            path, questions({"question_id": 7, "turns": ["a"]}, {"question_id": 7, "turns": ["b"]})
-        )
+    twice = [{"question_id": 7, "turns": ["a"]}, {"question_id": 7, "turns": ["b"]}]
+    path = str(write_jsonl(tmp_path / "m.jsonl", [{"question_id": 7, **answer}]))
+    with pytest.raises(DataError, match=r"m\.jsonl:1: the id '7' is used for two questions"):
+        read_answer_file(path, questions(*twice))
+    path = str(write_jsonl(tmp_path / "m.jsonl", [{"instruction": "a", "output": "Paris"}]))
+    assert len(read_answer_file(path, questions(*twice)).entries) == 1  # it needs none of them
+
+
+def test_a_field_is_for_formats_that_have_several(tmp_path):
+    row = {"instruction": "2+2?", "output": "4"}
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(DataError, match="1: its format holds one answer a row: leave out :output"):
+        read_answer_file(f"{path}:output")
+
+
+def test_answers_below_a_system_prompt_pair_with_those_of_formats_that_leave_it_out(tmp_path):
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
+    own = write_jsonl(tmp_path / "own.jsonl", [{"prompt": said, "answer": "4"}])
+    choices = [{"index": 0, "turns": ["four"]}]
+    other = write_jsonl(tmp_path / "m.jsonl", [{"question_id": 1, "choices": choices}])
+    asked = load_prompts(
+        str(write_jsonl(tmp_path / "question.jsonl", [{"question_id": 1, "turns": ["2+2?"]}]))
+    )
+    pairs, num_unpaired = pair_answers(
+        read_answer_file(str(own)), read_answer_file(str(other), asked)
+    )
+    assert [(pair.a.answer, pair.b.answer) for pair in pairs] == [("4", "four")]
+    assert num_unpaired == 0
 
 
 def test_a_mistyped_field_is_told_with_those_that_there_are(tmp_path):

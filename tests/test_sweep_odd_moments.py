@@ -108,20 +108,21 @@ def test_rounds_are_judged_by_their_own_end_whatever_the_growth(
 def test_a_contender_that_failed_is_not_tried_again_in_each_round(
     given: dict, tmp_path: Path, work: Any
 ) -> None:
-    given["halving"] = {"first_steps": 3}
+    given |= {"halving": {"first_steps": 3}, "baseline": "d"}  # which is never dropped
     inner, tries = step_by_step(lambda name, step: ord(name) / 200), []
 
     def train(cell: Cell, runs_dir: Path, pause: Any) -> None:
-        if cell.contender == "d" and pause(6):
+        if cell.contender == "d":
             tries.append(cell)
             raise RunError("it diverged")
         inner(cell, runs_dir, pause)
 
-    given["variants"] = given["variants"][3:]  # the only one left is the one that fails
     folder = create_sweep(parse_sweep(given), tmp_path, "s", "s")
     assert work(folder, train) == "finished"
     assert len(tries) == 1
-    assert states(folder) == {"d": ("failed", 0)}
+    assert states(folder) == {
+        **{"a": ("dropped", 3), "b": ("dropped", 6), "c": ("finished", 100), "d": ("failed", 0)}
+    }
 
 
 def test_a_run_whose_status_is_damaged_between_rounds_does_not_end_the_sweep(
@@ -198,6 +199,35 @@ def test_more_seeds_at_the_end_of_a_round_count_more_than_a_better_mean_of_fewer
     found = {name: (one["state"], one["step"]) for name, one in folder.results().items()}
     assert found["s-a-s1"] == ("dropped", 4)
     assert {found[f"s-b-s{seed}"] for seed in (1, 2, 3)} == {("finished", 100)}
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_round_is_decided_once_though_a_seed_that_failed_then_succeeds_later(
+    given: dict, tmp_path: Path, work: Any, monkeypatch: pytest.MonkeyPatch, kill: bool
+) -> None:
+    given |= {"halving": {"first_steps": 4}, "seeds": [1, 2], "baseline": "a"}
+    given["variants"] = given["variants"][:3]
+    inner = step_by_step(lambda name, step: {"a": 0.4, "b": 0.5, "c": 0.9}[name])
+
+    def fails(cell: Cell, runs_dir: Path, pause: Any) -> None:
+        if cell.run == "s-c-s2":
+            raise RuntimeError("the GPU fell off the bus")
+        inner(cell, runs_dir, pause)
+
+    folder = create_sweep(parse_sweep(given), tmp_path, "s", "s")
+    if kill:  # the decision is there, nothing that follows from it
+        with monkeypatch.context() as patched:
+            patched.setattr(sweep._Sweep, "_drop", lambda *_: {}["killed"])
+            with pytest.raises(KeyError):
+                work(folder, fails)
+    else:
+        assert work(folder, fails, max_runs=7) == "stopped"
+    assert work(open_sweep("s", tmp_path), inner) == "finished"
+    found = {name: (one["state"], one.get("step")) for name, one in folder.results().items()}
+    assert found == {
+        **{f"s-{name}-s{seed}": ("finished", 100) for name in "ab" for seed in (1, 2)},
+        **{"s-c-s1": ("dropped", 4), "s-c-s2": ("failed", None)},
+    }
 
 
 def test_a_run_that_lacks_its_record_alone_is_none_of_max_runs(

@@ -275,16 +275,12 @@ def test_runs_that_the_drift_guard_stopped_are_not_passed_over(tmp_path):
     assert "halving" not in page.text
 
 
-def test_a_record_that_does_not_say_what_stopped_a_run_is_read_by_its_sweep(tmp_path):
-    for name, halving in (("plain", None), ("halved", {"first_steps": 4})):
-        folder = forge_sweep(tmp_path, name, halving=halving)
-        add_cell(folder, "simpo", 1)
-        for seed in (1, 2):
-            add_cell(folder, "gapo", seed, state="dropped", step=4)
-    plain, halved = (_written(tmp_path / name)[0].text for name in ("plain", "halved"))
-    assert "2 stopped by the drift guard" in plain
-    assert "2 runs were stopped by the drift guard (training.on_drift) and count in" in plain
-    assert "halving" not in plain
+def test_runs_that_halving_dropped_are_told_apart_from_those(tmp_path):
+    folder = forge_sweep(tmp_path, halving={"first_steps": 4})
+    add_cell(folder, "simpo", 1)
+    for seed in (1, 2):
+        add_cell(folder, "gapo", seed, state="dropped", step=4, stopped_by="halving")
+    halved = _written(folder)[0].text
     assert "2 dropped by halving" in halved
     assert "2 runs were stopped early by successive halving and count in no mean" in halved
     assert "drift guard" not in halved
@@ -431,6 +427,7 @@ def test_of_a_path_with_blanks_nothing_but_the_last_part_is_kept():
     told = without_paths("cannot read /home/ada lovelace/Secret Client Ltd/pairs.jsonl: gone.")
     assert told == "cannot read pairs.jsonl: gone."
     assert without_paths("/a b/x.jsonl or ~/y z/q.bin or ./c/d") == "x.jsonl or q.bin or d"
+    assert without_paths("/data/x.jsonl has no prompt/chosen") == "x.jsonl has no prompt/chosen"
     roots = [Path("/srv/Client (Secret), a b c d e"), Path("Client X")]
     message = f"read {roots[0]}/x.jsonl, {roots[1]}/y.jsonl, {roots[0]}."
     assert without_paths(message, roots) == "read x.jsonl, y.jsonl, ~."

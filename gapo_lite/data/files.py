@@ -50,6 +50,14 @@ BLANK = b" \t\r\n\xef\xbb\xbf"
 PYTHON_MESSAGES = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)'")
 
 
+def exists(path: Path) -> bool:
+    """Whether something is there that we may see."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, a folder closed to us, a NUL in the name
+        return False
+
+
 @contextmanager
 def open_table(path: Path) -> Iterator[Table]:
     """Open a file by its ending.
@@ -58,7 +66,7 @@ def open_table(path: Path) -> Iterator[Table]:
         DataError: it is no ordinary file of a known kind, or empty, unreadable or damaged.
     """
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    if not path.exists():
+    if not exists(path):
         raise DataError(f"there is no file {path}.")
     if suffix not in READERS or not path.is_file():
         raise DataError(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gapo_lite.data.files import BATCH_ROWS, READERS, Table, open_table, wanted_columns
+from gapo_lite.data.files import BATCH_ROWS, READERS, Table, exists, open_table, wanted_columns
 from gapo_lite.data.messages import Row
 from gapo_lite.embedded import EMBEDDED_DATA, embedded_data_path
 from gapo_lite.errors import DataError
@@ -53,18 +53,11 @@ def _local_path(source: str | Path) -> Path | None:
     if isinstance(source, str) and name.startswith("embedded:"):
         return embedded_data_path(name)
     path = Path(source).expanduser() if name.startswith("~/") else Path(source)
-    if _exists(path):
+    if exists(path):
         return path
     if isinstance(source, str) and _is_hub_id(name):
         return None
     raise DataError(_not_found(name, path))
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name too long, a folder closed to us, a NUL in the name
-        return False
 
 
 def _is_hub_id(name: str) -> bool:

@@ -478,7 +478,7 @@ def test_a_file_of_an_unknown_kind_is_an_error(load, name: str) -> None:
 
 
 def test_a_file_that_is_not_there_is_told_of_so(tmp_path: Path) -> None:
-    for name in ("answers.jsonl", "answers.txt"):
+    for name in ("answers.jsonl", "answers.txt", "a" * 300 + ".jsonl"):
         missing = pytest.raises(DataError, match=rf"^there is no file \S*/{name}\.$")
         with missing, files.open_table(tmp_path / name):
             pass
