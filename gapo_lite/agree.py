@@ -3,10 +3,10 @@
     agree(load_pairs("pairs.jsonl").pairs).sentence
 
 For each evaluation factor: Spearman's rank correlation of its gap with the data's own judgement,
-which is the difference of ratings, or `strength` where more pairs have one. A rank correlation is
-the same for every mapping of EF to gap (all fall), and so for the margins under every
-normalisation; of the floor it sees nothing. Beside it stands what the difference of lengths alone
-(characters of chosen minus those of rejected) says of the judgement, and what is left of each
+which is the difference of ratings, or `strength` where twice as many pairs have one. A rank
+correlation is the same for every mapping of EF to gap (all fall), and so for the margins under
+every normalisation; of the floor it sees nothing. Beside it stands what the difference of lengths
+alone (characters of chosen minus those of rejected) says of the judgement, and what is left of each
 metric with that difference held fixed (the partial rank correlation): judges like long answers, and
 long answers have less in common with short ones.
 
@@ -195,12 +195,12 @@ def _judgement(pairs: Sequence[PreferencePair]) -> tuple[str, list[PreferencePai
     """Its name, the pairs that have one, and its values (N,)."""
     ratings = np.array([pair.rating_gap for pair in pairs], np.float64)
     strengths = np.array([pair.strength for pair in pairs], np.float64)  # None becomes NaN
-    judgements = {"ratings": ratings, "strength": strengths}
-    name = max(judgements, key=lambda name: np.isfinite(judgements[name]).sum())
-    known = np.isfinite(judgements[name])
+    few = 2 * np.isfinite(ratings).sum() < np.isfinite(strengths).sum()
+    name, values = ("strength", strengths) if few else ("ratings", ratings)
+    known = np.isfinite(values)
     if known.any():
         judged = [pair for pair, is_known in zip(pairs, known, strict=True) if is_known]
-        return name, judged, judgements[name][known]
+        return name, judged, values[known]
     raise DataError(
         f"none of {len(pairs)} pairs was judged: there is neither a number from 0 to 1 in "
         "`strength`, nor ratings of both responses. Name their columns (--strength COLUMN, or "

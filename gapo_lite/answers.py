@@ -72,28 +72,27 @@ Sides = dict[str, list[Answered]]
 # -- what a format needs of its prompts --
 
 
+def num_left_out(kind: str, prompts: Sequence[Prompt]) -> int:
+    """Prompts whose system prompt or earlier turns a format does not hold."""
+    return sum(
+        len(prompt.messages) > 1
+        and not (kind == "arena_hard" and prompt.row.get("uid") is not None)
+        for prompt in (prompts if kind != "answers" else ())
+    )
+
+
 def check_prompts(kind: str, prompts: Sequence[Prompt]) -> None:
     """Refuses prompts that a format cannot hold, before any of them is answered.
 
     Raises:
-        DataError: one has several turns, a system prompt or a history where the format holds none,
-            or no id where it needs one; or one id is used twice.
+        DataError: one has several turns or no id where the format needs another; or one id is used
+            twice.
     """
     if kind in ("answers", "alpaca_eval") and any(prompt.followups for prompt in prompts):
         raise DataError(
             f"some prompts have several turns, which the format {kind} cannot hold. Give "
             "--format mt_bench."
         )
-    for number, prompt in enumerate(prompts, start=1):
-        holds_all = kind == "answers" or (
-            kind == "arena_hard" and prompt.row.get("uid") is not None
-        )
-        if len(prompt.messages) > 1 and not holds_all:
-            raise DataError(
-                f"prompt {number} has a system prompt or earlier turns, which the format {kind} "
-                "leaves out, so that its answer would be judged without them. Give --format "
-                "answers."
-            )
     if kind not in ("mt_bench", "arena_hard"):
         return
     names = ("question_id",) if kind == "mt_bench" else ("uid", "question_id")

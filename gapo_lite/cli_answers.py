@@ -66,7 +66,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 8,
 ) -> None:
     """Answer prompts: by base and tuned model for a run, else by the model. Resumable."""
-    from gapo_lite.answers import FORMATS, check_prompts, temperature_of
+    from gapo_lite.answers import FORMATS, check_prompts, num_left_out, temperature_of
     from gapo_lite.prompts import load_prompts, text_prompt
 
     questions = [text_prompt(text) for text in prompt or []]
@@ -75,6 +75,11 @@ def generate(
         raise ConfigError("there is nothing to answer: give --prompt TEXT or --prompts FILE.")
     check_out(out, prompts or "")
     check_prompts(kind, questions)
+    if num := num_left_out(kind, questions):
+        note(
+            f"warning: {num} of {len(questions)} prompts have a system prompt or earlier turns, "
+            f"which the model reads and the format {kind} leaves out: a judge will not see them."
+        )
     from gapo_lite.answering import Sampling, speaker
     from gapo_lite.chat import load_voice
     from gapo_lite.journal import open_journal
@@ -258,7 +263,7 @@ def _agree_to_cost(
     )
     if price_in is not None or price_out is not None:
         price = due.price(price_in or 0.0, price_out or 0.0)
-        note(f"At most about {price:,.4f} at the given prices.")
+        note(f"At most {price:,.4f} at the given prices, as far as tokens can be estimated.")
     if not due.requests or yes:
         return
     if not sys.stdin.isatty():

@@ -164,10 +164,12 @@ def test_the_same_seed_gives_the_same_agreement_and_json_reads_it_back():
     assert (read["num_pairs"], read["num_prompts"], read["resamples"]) == (40, 20, RESAMPLES)
 
 
-def test_the_judgement_of_more_pairs_counts_and_of_as_many_the_ratings():
+def test_ratings_go_before_strength_unless_twice_as_many_pairs_have_one():
     pairs = made_pairs(30, 30)
     rated = [replace(p, chosen_rating=-(p.strength or 0), rejected_rating=0.0) for p in pairs]
     assert agree(rated).judgement == "ratings"
+    assert agree([*rated[:15], *pairs[15:]]).judgement == "ratings"
+    assert agree([*rated[:14], *pairs[14:]]).judgement == "strength"
     found = agree([rated[0], *pairs[1:]])
     assert (found.judgement, found.num_pairs, found.num_unjudged) == ("strength", 30, 0)
 

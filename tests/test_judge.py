@@ -154,7 +154,7 @@ def test_each_pair_is_asked_in_both_orders_and_win_rate_and_length_stand_togethe
     assert (body["model"], body["temperature"]) == ("m", 0)
     assert "10 requests for 6 pairs" in result.stderr
     assert "With 6 pairs all of this may be chance" in " ".join(result.stderr.split())
-    assert re.search(r"At most about 0\.\d+ at the given prices", result.stderr)
+    assert re.search(r"At most 0\.\d+ at the given prices", result.stderr)
     took = "It took 10 requests; the server counted 90 tokens in and 30 out."
     assert took in " ".join(result.stderr.split())
     shown = result.output
