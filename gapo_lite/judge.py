@@ -154,7 +154,7 @@ def judge_pairs(
     waiting = [number for number, verdict in enumerate(verdicts) if verdict is None]
     random.Random(0).shuffle(waiting)
     new = {n for n in waiting if any(_due(endpoint, q)[0] for q in _questions(pairs[n]))}
-    judged: list[Verdict] = []
+    judged, done = [], len(pairs) - len(waiting)
     with _Pool(endpoint, workers) as pool:
         futures = {pool.submit(_judge, endpoint, pairs[number]): number for number in waiting}
         for future in as_completed(futures):
@@ -165,8 +165,9 @@ def judge_pairs(
             if number in new:  # what is kept costs nothing, and was asked of the same judge before
                 judged.append(verdict)
                 _check_sense(endpoint, judged, len(new))
+            done += 1
             if progress:
-                progress(sum(one is not None for one in verdicts), len(pairs))
+                progress(done, len(pairs))
     return [verdict for verdict in verdicts if verdict is not None]
 
 

@@ -120,8 +120,9 @@ def enter(panel: Any, label: str, value: object) -> None:
 def expect_notice(page: Any, words: str | re.Pattern[str]) -> None:
     """A notice says so; all notices are closed then."""
     expect(page.get_by_test_id("toast-text").filter(has_text=words).first).to_be_visible()
-    for button in page.get_by_test_id("toast-close").all():
-        button.dispatch_event("click")
+    page.evaluate(  # at once: one that is found first and clicked then may have closed meanwhile
+        "() => document.querySelectorAll('[data-testid=toast-close]').forEach((one) => one.click())"
+    )
     expect(page.get_by_test_id("toast-body")).to_have_count(0)
 
 
