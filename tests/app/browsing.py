@@ -25,8 +25,10 @@ SCREENSHOTS = Path(__file__).resolve().parents[1] / "screenshots"  # git ignores
 PATIENCE_MS = 20_000
 PATIENCE_WITH_PROCESSES_MS = 90_000  # importing torch takes long on a busy machine
 CUT_OFF = (
-    r"net::ERR_(INCOMPLETE_CHUNKED_ENCODING|CONNECTION_(REFUSED|RESET)|EMPTY_RESPONSE)"
+    r"net::ERR_(INCOMPLETE_CHUNKED_ENCODING|CONTENT_LENGTH_MISMATCH|EMPTY_RESPONSE)"
+    r"|net::ERR_(CONNECTION_(REFUSED|RESET|CLOSED|ABORTED)|SOCKET_NOT_CONNECTED)"
     r"|Failed to fetch|network error|Connection errored out|AbortError"
+    r"|Unexpected end of JSON input"
 )
 """What Chromium and Gradio write to the console when a call is cut off: the server was killed, or
 the page loaded again, meanwhile."""
