@@ -192,6 +192,17 @@ def _say_what_next(run: Run) -> None:
 # -- score --
 
 
+Split = Annotated[str, typer.Option(help="Split of a Hub id or datasets folder.")]
+UseStemmer = Annotated[
+    bool, typer.Option("--use-stemmer", help="Porter stemmer, for jaccard and ROUGE.")
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(help="Words of jaccard and ROUGE: rouge (only a–z, 0–9) or unicode (any script)."),
+]
+Layer = Annotated[int | None, typer.Option(help="Layer of the encoder.")]
+
+
 @app.command()
 def score(
     file: Annotated[
@@ -204,16 +215,9 @@ def score(
             help="jaccard, rouge1, rouge2, rougeL, bertscore_p, bertscore_r, bertscore_f1."
         ),
     ] = "rougeL",
-    split: Annotated[str, typer.Option(help="Split of a Hub id or datasets folder.")] = "train",
-    use_stemmer: Annotated[
-        bool, typer.Option("--use-stemmer", help="Porter stemmer, for jaccard and ROUGE.")
-    ] = False,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="Words of jaccard and ROUGE: rouge (only a–z, 0–9) or unicode (any script)."
-        ),
-    ] = None,
+    split: Split = "train",
+    use_stemmer: UseStemmer = False,
+    tokenizer: Tokenizer = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -221,7 +225,7 @@ def score(
             "embedded:all-minilm-l6-v2 needs no network."
         ),
     ] = None,
-    layer: Annotated[int | None, typer.Option(help="Layer of the encoder.")] = None,
+    layer: Layer = None,
     batch_size: Annotated[int | None, typer.Option(help="Texts the encoder reads at once.")] = None,
 ) -> None:
     """Write the evaluation factor of each pair: how alike chosen and rejected are."""
@@ -263,7 +267,7 @@ def agree(
     file: Annotated[
         str, typer.Argument(help="A file, folder, Hub id or embedded:… of judged pairs.")
     ],
-    split: Annotated[str, typer.Option(help="Split of a Hub id or datasets folder.")] = "train",
+    split: Split = "train",
     strength: Annotated[
         str | None,
         typer.Option(metavar="COLUMN", help="How much better chosen is, if not in `strength`."),
@@ -272,15 +276,8 @@ def agree(
         str | None,
         typer.Option(metavar="CHOSEN,REJECTED", help="Ratings, if not in the usual columns."),
     ] = None,
-    use_stemmer: Annotated[
-        bool, typer.Option("--use-stemmer", help="Porter stemmer, for jaccard and ROUGE.")
-    ] = False,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="Words of jaccard and ROUGE: rouge (only a–z, 0–9) or unicode (any script)."
-        ),
-    ] = None,
+    use_stemmer: UseStemmer = False,
+    tokenizer: Tokenizer = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -288,7 +285,7 @@ def agree(
             "Hub, or embedded:all-minilm-l6-v2, which needs no network."
         ),
     ] = None,
-    layer: Annotated[int | None, typer.Option(help="Layer of the encoder.")] = None,
+    layer: Layer = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the intervals.")] = 0,
     json_out: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Also write the numbers here.")
