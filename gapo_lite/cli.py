@@ -29,11 +29,13 @@ from gapo_lite import (  # noqa: F401  (they register their commands)
 )
 from gapo_lite.cli_app import (
     EXIT_STOPPED,
+    IntervalSeed,
     MaxTokens,
     RunName,
     RunOrModel,
     RunsDir,
     Seed,
+    Split,
     Temperature,
     TopP,
     app,
@@ -192,7 +194,6 @@ def _say_what_next(run: Run) -> None:
 # -- score --
 
 
-Split = Annotated[str, typer.Option(help="Split of a Hub id or datasets folder.")]
 UseStemmer = Annotated[
     bool, typer.Option("--use-stemmer", help="Porter stemmer, for jaccard and ROUGE.")
 ]
@@ -286,7 +287,7 @@ def agree(
         ),
     ] = None,
     layer: Layer = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the intervals.")] = 0,
+    seed: IntervalSeed = 0,
     json_out: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Also write the numbers here.")
     ] = None,

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from gapo_lite.cli_app import MaxTokens, RunOrModel, RunsDir, Seed, TopP, app
+from gapo_lite.cli_app import (
+    IntervalSeed,
+    MaxTokens,
+    RunOrModel,
+    RunsDir,
+    Seed,
+    Split,
+    TopP,
+    app,
+)
 from gapo_lite.errors import ConfigError, DataError
 from gapo_lite.outputs import check_out, whole_file
 from gapo_lite.terminal import note
@@ -40,7 +49,7 @@ def generate(
             "`instruction` or `turns`; a Hub id; or a file on the Hub, as owner/name/file.json.",
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of a Hub id or datasets folder.")] = "train",
+    split: Split = "train",
     kind: Annotated[
         AnswerFormat, typer.Option("--format", help="Who is to read the file.")
     ] = "answers",
@@ -193,7 +202,7 @@ def judge(
         Literal["logistic", "alpaca_eval"],
         typer.Option(help="alpaca_eval adds AlpacaEval's own, for its own prompts."),
     ] = "logistic",
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the intervals.")] = 0,
+    seed: IntervalSeed = 0,
 ) -> None:
     """Compare two files of answers: win rate and length, and what length explains. Resumable."""
     if (model is None) == (reward_model is None):

@@ -57,3 +57,5 @@ TopP = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampling.")]
+IntervalSeed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the intervals.")]
+Split = Annotated[str, typer.Option(help="Split of a Hub id or datasets folder.")]
