@@ -41,6 +41,8 @@ def peak_resident_bytes() -> int:
 def total_memory_bytes(device: torch.device) -> int:
     """Memory of the GPU, or what this process may have of the machine's."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_properties(device).total_memory
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _CGROUP.read_text().strip() if _CGROUP.is_file() else "max"
