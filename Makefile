@@ -7,10 +7,10 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test check format bench browser clean
+.PHONY: help setup run demo test test-gpu check format bench browser clean
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: .venv/.ready ## Make .venv with everything that training needs
 
@@ -22,6 +22,10 @@ demo: setup ## Train the embedded model with GaPO in 4 bits (CPU or GPU) and sho
 
 test: check browser ## Set up, check and run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(MAKE) test-gpu
+
+test-gpu: .venv/.ready-dev ## Run tests/gpu: on this machine's GPU, else on one emulated in host memory (needs g++)
+	PYTHONPATH=tests/hostcuda/site $(BIN)/python -m pytest -n 2 --dist load tests/gpu
 
 check: .venv/.ready-dev ## Lint, formatting and types
 	$(BIN)/ruff check .
