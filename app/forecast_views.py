@@ -33,6 +33,7 @@ def answer(question: Question, outlook: Outlook, *, is_stale: bool = False) -> s
         + _memory(found)
         + views.facts(_pace(found))
         + views.subtle(f"With {found['dials']}.")
+        + "".join(views.subtle(note) for note in found["notes"])
         + _remedy(question, found)
         + _measured(question, found)
         + views.subtle(_basis(found, outlook.beside))

@@ -19,12 +19,13 @@ from typing import Any
 from app import jobs
 from app.worker import run_task
 from gapo_lite.config import RunConfig
-from gapo_lite.devices import GPUS
+from gapo_lite.devices import GPUS, device_named
 from gapo_lite.errors import ConfigError, RunError
 
 THIS_MACHINE = "this machine"
-CARDS = {THIS_MACHINE: None, **{gpu.name: key for key, gpu in GPUS.items()}}
-"""What can be asked about, as it is shown → what `gapo-lite plan --gpu` calls it."""
+CARDS = (THIS_MACHINE, *(gpu.name for gpu in GPUS.values()))
+"""What is offered; any other name and any size that `gapo-lite plan --gpu` takes can be asked about
+as well."""
 
 PATIENCE_S = 600.0
 """Tokens of 60,000 pairs are counted in a minute; the rest is for a download."""
@@ -38,7 +39,7 @@ class Question:
 
     Attributes:
         config: what would be trained.
-        card: a key of CARDS.
+        card: THIS_MACHINE, or what `gapo-lite plan --gpu` takes.
     """
 
     config: RunConfig
@@ -76,8 +77,10 @@ def asked(config: RunConfig, card: Any) -> Question:
     Raises:
         ConfigError: there is no such card.
     """
-    if not isinstance(card, str) or card not in CARDS:
-        raise ConfigError(f"no such card is known. There are: {', '.join(CARDS)}.")
+    if not isinstance(card, str):
+        raise ConfigError("choose a card, or write the size of its memory, such as 24GB.")
+    if card != THIS_MACHINE:
+        device_named(card)
     return Question(config, card)
 
 
@@ -92,7 +95,7 @@ def answers(question: Question, runs_dir: Path) -> Iterator[Outlook]:
     beside = jobs.active(runs_dir) or ""
     arguments = {
         "config": question.config.model_dump(mode="json"),
-        "gpu": CARDS[question.card],
+        "gpu": None if question.card == THIS_MACHINE else question.card,
         "runs_dir": str(runs_dir),
     }
     for done, total in run_task("forecast", arguments, found):

@@ -426,16 +426,21 @@ def plan(
         typer.Option("--set", metavar="KEY=VALUE", help="Overrides a setting. Repeatable."),
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="A card such as 4090 or h100; default: this machine.")
+        str | None,
+        typer.Option(
+            help="A card such as 4090 or h100, or a size such as 24GB; default: this one."
+        ),
     ] = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Say whether it will fit, and how long it will take; exit code 1 if it will not fit."""
     from gapo_lite.config import load_config
     from gapo_lite.forecast import forecast
-    from gapo_lite.terminal import show_forecast
+    from gapo_lite.terminal import note, show_forecast
 
     found = forecast(load_config(config, settings or []), gpu=gpu, runs_dir=runs_dir)
+    for text in found.notes:
+        note(text)
     show_forecast(found)
     if not found.plan.fits:
         raise typer.Exit(1)

@@ -164,7 +164,7 @@ def _of_size(size: str) -> Device | None:
 
 def _spelling(name: str) -> str:
     """A card's name without what does not tell it from others: maker, unit, spaces and dashes."""
-    return re.sub(r"[^a-z0-9]", "", _MAKER.sub("", _UNIT.sub(r"\1", name.lower())))
+    return re.sub(r"[\s_-]", "", _MAKER.sub("", _UNIT.sub(r"\1", name.lower())))
 
 
 _SPELLINGS = {_spelling(name): card for key, card in GPUS.items() for name in (key, card.name)}

@@ -7,29 +7,32 @@ alone, so that the same run on the same kind of machine is cut in the same way.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from transformers import PretrainedConfig
 
 from gapo_lite.batching import MicroBatchLimits
-from gapo_lite.config import RunConfig
-from gapo_lite.devices import GPUS, Device, device_named
-from gapo_lite.errors import ConfigError, ModelError, RunError
+from gapo_lite.config import DataConfig, RunConfig
+from gapo_lite.devices import UNKNOWN_BANDWIDTH, UNKNOWN_FLOPS, Device, device_named, known_card
+from gapo_lite.errors import ConfigError, DataError, ModelError, RunError
 from gapo_lite.lengths import count_tokens, shortened
 from gapo_lite.memory import GIB, total_memory_bytes
 from gapo_lite.model import load_model_config, load_tokenizer, pick_device, pick_precision
 from gapo_lite.plan import SHARES, Dials, Plan, Workload, advice, best_plan, sizes_of
 from gapo_lite.preparation import Prepared, load_and_split
+from gapo_lite.published import DATA_SETS, published_config, published_lengths
 from gapo_lite.runs import list_runs
 from gapo_lite.shape import ModelShape, shape_of
 
-_UNKNOWN_GPU = 60e12, 500e9  # FLOP/s and bytes/s of a card that is not in GPUS
 _NOMINAL_CPU = 1e11, 1e10
 
 
@@ -45,6 +48,7 @@ class Forecast:
         plan: what to expect.
         advice: settings that would make it fit, by key; empty where it does or none would.
         measured: of runs like it that have been: each one's name, peak in GiB and tokens a second.
+        notes: what was taken as published instead of read, a sentence each.
     """
 
     config: RunConfig
@@ -54,6 +58,7 @@ class Forecast:
     plan: Plan
     advice: dict[str, Any]
     measured: list[tuple[str, float, float]]
+    notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """What a person is shown of it, as plain data; memory in GiB."""
@@ -77,6 +82,7 @@ class Forecast:
             "hours": plan.hours,
             "advice": self.advice,
             "measured": self.measured,
+            "notes": self.notes,
         }
 
 
@@ -89,35 +95,34 @@ def forecast(
 ) -> Forecast:
     """Reads the data and counts its tokens; loads no weights.
 
+    What cannot be had, offline or of a gated model, is taken as published where that is known.
+
     Args:
         config: what is planned.
-        gpu: a key of GPUS; None plans for this machine.
+        gpu: a card as `device_named` takes it; None plans for this machine.
         runs_dir: where runs lie that may have measured the same.
         progress: called with (pairs whose tokens are counted, all pairs) now and then.
 
     Raises:
-        ConfigError: there is no such card in the table.
-        GapoError: model or data cannot be read.
+        ConfigError: there is no such card.
+        GapoError: model or data cannot be read, and are not known.
     """
     device = device_named(gpu) if gpu else this_device(config, measure=True)
-    tokenizer = load_tokenizer(config.model.name, config.model.revision)
-    _, train_pairs, heldout_pairs = load_and_split(config, [])
+    source = _read_source(config, progress)
     limits = config.data.max_length, config.data.max_prompt_length
-    counted = count_tokens([*train_pairs, *heldout_pairs], tokenizer, progress)
-    lengths, heldout = (shortened(part, *limits) for part in np.split(counted, [len(train_pairs)]))
     work = Workload(
-        lengths.astype(np.int64),
-        heldout.astype(np.int64),
+        shortened(source.lengths.astype(np.int64), *limits),
+        shortened(source.heldout.astype(np.int64), *limits),
         batch_size=config.training.batch_size,
         packed=_is_packed(config),
     )
     if not len(work.lengths):
         raise ConfigError("with these limits no pair has a token left: raise data.max_length.")
-    shape = _shape(config, torch.bfloat16 if gpu else _dtype(config))
+    shape = shape_of(source.model_config, config.lora, _precision_on(device, config))
     plan = best_plan(config, shape, work, device)
     measured = [] if gpu or runs_dir is None else _measured(config, runs_dir)
     remedy = {} if plan.fits else advice(config, shape, work, device)
-    return Forecast(config, shape, work, device, plan, remedy, measured)
+    return Forecast(config, shape, work, device, plan, remedy, measured, source.notes)
 
 
 def settle(config: RunConfig, prepared: Prepared, *, processes: int = 1) -> tuple[Dials, str]:
@@ -179,10 +184,11 @@ def this_device(config: RunConfig, *, measure: bool) -> Device:
         if measure:
             flops = matrix_rate(1024, _dtype(config), place)
         return Device("this machine's CPU", memory, flops, bandwidth, is_cpu=True)
-    name = torch.cuda.get_device_name(place)
-    known = max((gpu for gpu in GPUS.values() if _is_the(gpu.name, name)), default=None, key=_size)
-    flops, bandwidth = (known.flops, known.bandwidth) if known else _UNKNOWN_GPU
-    return Device(name, memory, flops, bandwidth)
+    name, capability = torch.cuda.get_device_name(place), torch.cuda.get_device_capability(place)
+    known = known_card(name)
+    if known:
+        return replace(known, name=name, memory=memory, capability=capability)
+    return Device(name, memory, UNKNOWN_FLOPS, UNKNOWN_BANDWIDTH, capability=capability)
 
 
 def matrix_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -204,16 +210,6 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _is_the(known: str, name: str) -> bool:
-    """Whether the driver's name of a card means one of the table, by the word that tells it."""
-    words = [word for word in known.split() if any(c.isdigit() for c in word)][:1]
-    return all(word.lower() in name.lower() for word in words)
-
-
-def _size(gpu: Device) -> float:
-    return gpu.memory
-
-
 def _dtype(config: RunConfig) -> torch.dtype:
     return pick_precision(config.model.precision, pick_device())
 
@@ -222,9 +218,83 @@ def _is_packed(config: RunConfig) -> bool:
     return config.training.layout != "padded" and config.model.backend != "unsloth"
 
 
-def _shape(config: RunConfig, dtype: torch.dtype) -> ModelShape:
-    model_config = load_model_config(config.model.name, config.model.revision)
-    return shape_of(model_config, config.lora, dtype)
+def _precision_on(device: Device, config: RunConfig) -> torch.dtype:
+    """What training computes in on a device: `pick_precision`, also for a card that is not here."""
+    if device.is_cpu or config.model.precision != "auto":
+        return _dtype(config)
+    return torch.bfloat16 if device.has_bfloat16 else torch.float16
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What a plan is made from.
+
+    Attributes:
+        model_config: the model's.
+        lengths, heldout: (N, 3) and (M, 3) tokens of the pairs before any cut.
+        notes: what of it is as published, a sentence each.
+    """
+
+    model_config: PretrainedConfig
+    lengths: NDArray[Any]
+    heldout: NDArray[Any]
+    notes: list[str]
+
+
+def _read_source(config: RunConfig, progress: Callable[[int, int], None] | None) -> _Source:
+    """The model's configuration and the pairs' lengths, or what is published of them.
+
+    Raises:
+        GapoError: they cannot be had, and are not known.
+    """
+    model, data = config.model, config.data
+    known = _published_lengths(data)
+    try:
+        model_config = load_model_config(model.name, model.revision)
+    except ModelError as error:
+        published = published_config(model.name)
+        if published is None or known is None:
+            raise
+        # Its tokenizer cannot be had either; a try would take as long again without a network.
+        notes = [_about_shape(model.name, error), _about_lengths(data)]
+        return _Source(published, *known, notes)
+    try:
+        tokenizer = load_tokenizer(model.name, model.revision)
+        _, train_pairs, heldout_pairs = load_and_split(config, [])
+    except (ModelError, DataError):
+        if known is None:
+            raise
+        return _Source(model_config, *known, [_about_lengths(data)])
+    counted = count_tokens([*train_pairs, *heldout_pairs], tokenizer, progress)
+    lengths, heldout = np.split(counted, [len(train_pairs)])
+    return _Source(model_config, lengths, heldout, [])
+
+
+def _published_lengths(data: DataConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """(N, 3) and (M, 3) of the pairs to train on and to hold out, None where they are unknown."""
+    train = published_lengths(data.source, data.split)
+    if train is None:
+        return None
+    if data.heldout_source:
+        heldout = published_lengths(data.heldout_source, data.heldout_split)
+        return None if heldout is None else (train[: data.max_pairs], heldout)
+    heldout, train = np.split(train, [round(data.heldout_fraction * len(train))])
+    return train[: data.max_pairs], heldout
+
+
+def _about_shape(name: str, error: ModelError) -> str:
+    text = str(error).removeprefix(f"the model {name} could not be loaded: ")
+    reason = re.split(r"\.(?= |$)", text)[0]
+    return f"The model's shape is the published one: it could not be loaded here ({reason})."
+
+
+def _about_lengths(data: DataConfig) -> str:
+    known = DATA_SETS[data.source]
+    return (
+        f"Lengths are not counted, but typical of {data.source} as published: "
+        f"{known.rows[data.split]:,} pairs, around {known.prompt_tokens} tokens of a prompt and "
+        f"{known.response_tokens} of a response."
+    )
 
 
 def _careful(config: RunConfig) -> Dials:

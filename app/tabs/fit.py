@@ -33,7 +33,12 @@ class Fit:
     def __init__(self, start: gr.Button):
         with gr.Row(elem_classes="low-row"):
             self.card = gr.Dropdown(
-                list(CARDS), value=THIS_MACHINE, label="card", scale=3, min_width=170
+                list(CARDS),
+                value=THIS_MACHINE,
+                label="card",
+                allow_custom_value=True,  # such as 24GB
+                scale=3,
+                min_width=170,
             )
             self.ask = gr.Button("Will it fit?", scale=2, min_width=120)
         start.render()

@@ -335,7 +335,7 @@ def test_the_answer_fits_onto_a_phone_and_no_process_is_left_of_a_question_that_
         panel.get_by_role("button", name="Stop asking").click()
         expect(panel.get_by_text("Not answered.")).to_be_visible()
         until(lambda: not forecasters(server), 10)
-        choose(panel, "card", "RTX 4090")
+        choose(panel, "card", "RTX 4090 24 GB")
         ask_whether_it_fits(panel, "it fits")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         shoot(page, f"phone-{theme}-fits")
