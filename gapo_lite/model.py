@@ -14,6 +14,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,25 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gapo_lite.attention import SHARED_PREFIX, placeholder_mask
+from gapo_lite.attention import SHARED_PREFIX, placeholder_mask, why_not_flash
 from gapo_lite.batching import pack, pad
 from gapo_lite.embedded import EMBEDDED_MODELS, cache_dir, embedded_path
 from gapo_lite.errors import ModelError, RunError
 from gapo_lite.logps import pair_logps
+from gapo_lite.offload import HostOffload
 from gapo_lite.types import PairBatch, PairLogps, TokenizedPair
 
 Policy = PeftModel | PreTrainedModel
 
+PRECISIONS = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+"""What model.precision takes beside auto."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+_PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def forward_logps(model: Policy, batch: PairBatch, *, certainty: bool = False) -> PairLogps:
@@ -86,11 +95,12 @@ def _hidden_states(causal: PreTrainedModel, batch: PairBatch) -> torch.Tensor:
 
 
 def _autocast(causal: PreTrainedModel) -> torch.autocast:
-    """bfloat16 arithmetic where the base is bfloat16, so that float32 adapters don't pull
-    activations to float32."""
+    """Half precision where the base is in it, so that float32 adapters don't pull activations to
+    float32."""
     weight: Any = causal.get_input_embeddings().weight
+    is_half = weight.dtype in (torch.bfloat16, torch.float16)
     return torch.autocast(
-        weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16
+        weight.device.type, weight.dtype if is_half else torch.bfloat16, enabled=is_half
     )
 
 
@@ -102,14 +112,15 @@ def pick_device() -> torch.device:
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware computes in it, else float32."""
+    """`auto` is bfloat16 where the hardware computes in it, else float16 on a GPU and float32 on a
+    CPU."""
     if precision != "auto":
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
+        return PRECISIONS[precision]
     if device.type == "cuda":
-        has_it = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_it = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_it else torch.float32
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def resolve_model(name: str) -> str:
@@ -236,13 +247,14 @@ def add_adapter(
     return policy
 
 
-def set_recomputation(policy: Policy, share: float) -> None:
+def set_recomputation(policy: Policy, share: float, *, offload: bool = False) -> None:
     """Lets a share of the layers, evenly spread, keep only their input in the forward pass and
     compute the rest again in the backward pass (gradient checkpointing). Gradients stay the same.
 
     Args:
         policy: whose layers.
         share: 0 for none of them, 1 for all.
+        offload: whether these inputs wait in the host's memory (GPU only).
 
     Raises:
         ModelError: the model's layers cannot do that.
@@ -260,8 +272,12 @@ def set_recomputation(policy: Policy, share: float) -> None:
     elif causal.supports_gradient_checkpointing:
         with _quiet_renames():
             causal.gradient_checkpointing_disable()
+    host = HostOffload(causal.device) if share and offload else None
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = int((index + 1) * share) > int(index * share)
+        if host and layer.gradient_checkpointing:
+            plain = layer._gradient_checkpointing_func
+            layer._gradient_checkpointing_func = partial(host.checkpoint, plain)
 
 
 @contextlib.contextmanager
@@ -278,11 +294,10 @@ def dequantize_base(policy: PeftModel) -> None:
     without dequantising in each pass. For training only: what is saved of a policy is its adapter.
     """
     causal = causal_model(policy)
-    parents = {
-        name: module for name, module in causal.named_modules() if isinstance(module, Linear4bit)
-    }
-    for name, layer in parents.items():
-        weight: Any = layer.weight
+    names = [name for name, module in causal.named_modules() if isinstance(module, Linear4bit)]
+    for name in names:
+        layer: Any = causal.get_submodule(name)
+        weight = layer.weight
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(
             dequantize_4bit(weight.data, weight.quant_state).to(layer.compute_dtype),
@@ -291,6 +306,10 @@ def dequantize_base(policy: PeftModel) -> None:
         if layer.bias is not None:
             plain.bias = nn.Parameter(layer.bias.to(layer.compute_dtype), requires_grad=False)
         causal.set_submodule(name, plain)
+        # Parameter and layer know each other: without this both live until the garbage collector
+        # comes by, 3 to 4 GiB of an 8B.
+        weight.module = None
+        layer.quant_state = weight.quant_state = None
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -340,20 +359,32 @@ def _unfit_adapter(model: PreTrainedModel, folder: Path, reason: str) -> ModelEr
     )
 
 
-def why_not_packed(model: Policy) -> str:
+def why_not_packed(model: Policy, *, without_flash: bool = False) -> str:
     """Whether the packed layout gives this model the hidden states that the padded one gives: ""
     if so, else why not.
 
     Also switches the model's attention to the one that knows both layouts, where that is possible.
+
+    Args:
+        model: the policy, or its base.
+        without_flash: whether it may be packed where FlashAttention refuses it, two slower calls a
+            pair.
     """
     causal = causal_model(model)
+    settings = causal.config.get_text_config()
+    dtype: Any = causal.get_input_embeddings().weight.dtype
     if not causal._supports_attention_backend:
         return "its attention cannot be replaced"
-    if causal.config.get_text_config().to_dict().get("sliding_window") is not None:
+    if settings.to_dict().get("sliding_window") is not None:
         return "it uses a sliding attention window"
+    if causal.device.type == "cuda" and not without_flash:
+        head_size = settings.to_dict().get("head_dim") or (
+            settings.hidden_size // settings.num_attention_heads
+        )
+        if refusal := why_not_flash(causal.device, dtype, head_size):
+            return f"FlashAttention does not compute with it here ({refusal})"
     causal.set_attn_implementation(SHARED_PREFIX)
     error = _packing_error(causal)
-    dtype: Any = causal.get_input_embeddings().weight.dtype
     if error > _PACKING_TOLERANCE[dtype]:
         causal.set_attn_implementation("sdpa")
         return f"its hidden states differ by {error:.0%} between the two layouts"
