@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.children import own_stdout
 from gapo_lite.errors import GapoError
+from gapo_lite.memory import is_out_of_memory
 from gapo_lite.runs import Run
 
 if TYPE_CHECKING:
@@ -199,9 +200,7 @@ def _adapter_files(run: Run) -> tuple[tuple[str, int, int], ...]:
 
 
 def _explained(error: Exception) -> str:
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return (
             "the GPU has no memory left for this answer. Ask for a shorter one, start a new "
             "conversation, or end what else uses the GPU. The model is loaded again next time."

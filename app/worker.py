@@ -39,6 +39,7 @@ from gapo_lite.ef import cache as ef_cache
 from gapo_lite.ef import check_options
 from gapo_lite.embedded import cache_dir, model_state
 from gapo_lite.errors import ConfigError, DataError, GapoError, ModelError, RunError
+from gapo_lite.memory import is_out_of_memory
 from gapo_lite.outputs import whole_file
 from gapo_lite.types import PreferencePair
 
@@ -205,8 +206,6 @@ def measure_scores(arguments: dict[str, Any], progress: Progress) -> None:
     pairs, parts = _load(arguments), arguments["parts"]
     total, done = sum(map(len, parts)), 0
     progress(0, total)
-    import torch
-
     from gapo_lite.ef.semantic import bert_scores
 
     options = arguments["options"]
@@ -217,7 +216,9 @@ def measure_scores(arguments: dict[str, Any], progress: Progress) -> None:
             scores = bert_scores(
                 chosen, rejected, progress=_after(done, total, progress), **settings
             )
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise RunError(
                 "the GPU has no room for the BERTScore encoder; a training may be using it. Wait "
                 "for its end, or choose a smaller encoder or ef.bertscore_batch_size."

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 
 from gapo_lite.answers import Answered, Turn
@@ -25,6 +24,7 @@ from gapo_lite.embedded import model_state
 from gapo_lite.errors import DataError, RunError
 from gapo_lite.generate import Answer, answer_batch
 from gapo_lite.journal import Journal, digest
+from gapo_lite.memory import is_out_of_memory
 from gapo_lite.model import causal_model
 from gapo_lite.prompts import Prompt
 from gapo_lite.runs import now
@@ -267,12 +267,14 @@ def _answer_batch(who: Speaker, batch: Sequence[_Asked], sampling: Sampling) -> 
                 top_p=sampling.top_p,
                 seeds=[one.seed for one in part],
             )
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             _halve(who, part, error)
     return answers
 
 
-def _halve(who: Speaker, part: Sequence[_Asked], error: torch.OutOfMemoryError) -> None:
+def _halve(who: Speaker, part: Sequence[_Asked], error: RuntimeError) -> None:
     if len(part) == 1:
         raise RunError(
             f"out of memory while answering one prompt of {part[0].length} tokens: lower "

@@ -7,25 +7,29 @@ is computed once for both.
 Naive equivalent (what the tests compare with): two padded sequences a pair, prompt+chosen and
 prompt+rejected, through the model's ordinary causal attention.
 
-On CUDA in half precision one `varlen_attn` call does all of it: queries lie in the row as they
+Where FlashAttention takes it one `varlen_attn` call does all of it: queries lie in the row as they
 are, only keys and values are gathered so that each prompt's appear before both responses, and
 causal masking is aligned to the end of the keys. Elsewhere two `scaled_dot_product_attention`
-calls a pair do the same.
+calls a pair do the same: on a CPU, in float32, on GPUs before compute capability 8.0, and with
+head sizes that FlashAttention refuses.
 """
 
 from __future__ import annotations
 
 import inspect
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from gapo_lite.memory import is_out_of_memory
 from gapo_lite.types import Segments
 
 SHARED_PREFIX = "gapo_shared_prefix"
@@ -66,9 +70,30 @@ def shared_prefix_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if query.is_cuda and not why_not_flash(query.device, query.dtype, query.shape[-1]):
         return _one_call(query, key, value, segments, scaling), None
     return _two_calls_a_pair(query, key, value, segments, scaling), None
+
+
+@lru_cache
+def why_not_flash(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """ "" if FlashAttention's varlen kernels compute with such heads on this GPU, forward and
+    backward; else what they say. They are tried: what they take depends on card and build."""
+    heads = torch.zeros(8, 1, head_size, device=device, dtype=dtype, requires_grad=True)
+    ends = torch.tensor([0, 8], dtype=torch.int32, device=device)
+    try:
+        # Hooks of its own: a layer that is recomputed would count what is kept here as its own.
+        with torch.enable_grad(), saved_tensors_hooks(_itself, _itself):
+            _varlen(heads, heads, heads, (ends, ends, 8, 8), None).sum().backward()
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return str(error).strip().splitlines()[0][:200].rstrip(".")
+    return ""
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def placeholder_mask(device: torch.device) -> torch.Tensor:
@@ -84,6 +109,32 @@ def _one_call(
     segments: Segments,
     scaling: float | None,
 ) -> torch.Tensor:
+    # squeeze, not [0], whose backward pass fills a tensor with zeros first
+    out = _varlen(
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).index_select(1, segments.kv_index).transpose(0, 1),
+        value.squeeze(0).index_select(1, segments.kv_index).transpose(0, 1),
+        (segments.cu_seq_q, segments.cu_seq_k, segments.max_q, segments.max_k),
+        scaling,
+    )
+    return out.unsqueeze(0)
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sequences: tuple[torch.Tensor, torch.Tensor, int, int],
+    scaling: float | None,
+) -> torch.Tensor:
+    """(T, heads, D) by torch's varlen kernels, whose options differ between its versions.
+
+    Args:
+        query: (T, heads, D).
+        key, value: (Tk, key-value heads, D).
+        sequences: cumulative lengths of queries and of keys, and the longest of each.
+        scaling: factor on the scores.
+    """
     options: dict[str, Any] = {"scale": scaling}
     if "window_size" in _VARLEN_TAKES:
         options["window_size"] = (-1, 0)  # causal, aligned to the last key
@@ -94,17 +145,8 @@ def _one_call(
     else:
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    out: Any = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].index_select(1, segments.kv_index).transpose(0, 1),
-        value[0].index_select(1, segments.kv_index).transpose(0, 1),
-        segments.cu_seq_q,
-        segments.cu_seq_k,
-        segments.max_q,
-        segments.max_k,
-        **options,
-    )
-    return out.unsqueeze(0)
+    out: Any = varlen_attn(query, key, value, *sequences, **options)
+    return out
 
 
 def _two_calls_a_pair(

@@ -58,8 +58,10 @@ class ModelConfig(Section):
     quantization: Literal["nf4", "none"] = Field(
         "nf4", description="4-bit NF4 (QLoRA), or none (LoRA)."
     )
-    precision: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="Arithmetic: auto is bfloat16 where the hardware has it, else float32."
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="Arithmetic: auto is bfloat16 where the hardware has it, else float16 on a GPU "
+        "(with loss scaling) and float32 on a CPU.",
     )
     dequantized_cache: Literal["auto", "always", "never"] = Field(
         "auto",
@@ -338,6 +340,11 @@ class TrainingConfig(Section):
         le=1,
         description="Share of the layers that compute their activations again in the backward "
         "pass: 1 takes the least memory, 0 the least time. Empty: what fits the memory.",
+    )
+    offload: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="The inputs of layers that compute their activations again wait in the host's "
+        "memory: same numbers, less GPU memory. auto: where it would not fit otherwise.",
     )
     fsdp: bool = Field(
         False,

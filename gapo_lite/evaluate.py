@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from gapo_lite.errors import RunError
+from gapo_lite.memory import is_out_of_memory
 from gapo_lite.model import Policy, forward_logps
 from gapo_lite.types import LossOutput, PairBatch, PairLogps, TokenizedPair
 
@@ -120,7 +121,9 @@ def forward_pairs(
             batch = collate(pairs[start : start + batch_size]).to(device)
             try:
                 logps = forward(model, batch)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 batch_size = _smaller(batch_size, batch, error)
                 continue
             start += len(batch)
@@ -129,7 +132,7 @@ def forward_pairs(
         model.train(training)
 
 
-def _smaller(batch_size: int, batch: PairBatch, error: torch.OutOfMemoryError) -> int:
+def _smaller(batch_size: int, batch: PairBatch, error: RuntimeError) -> int:
     if batch_size == 1:
         raise RunError(
             f"out of memory while scoring one pair of {batch.num_tokens} tokens: lower "

@@ -266,7 +266,8 @@ def _generate(
         sampling = (
             {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
         )
-        with torch.random.fork_rng(enabled=bool(sampling)):
+        devices = [model.device] if model.device.type == "cuda" else []  # not of every GPU
+        with torch.random.fork_rng(devices, enabled=bool(sampling)):
             if sampling:
                 torch.manual_seed(seed)
             cast(Any, model.generate)(

@@ -16,6 +16,14 @@ _STATUS = Path("/proc/self/status")
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
+def reset_peak_memory() -> None:
+    """Lets `peak_memory_gib` of a GPU start again: a process may train more than once."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_gib() -> float:
     """Peak memory of this process, in GiB: allocated on the GPU, or resident where there is
     none."""
@@ -24,6 +32,20 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
     return peak_resident_bytes() / GIB
+
+
+_FULL = (
+    "out of memory",  # torch.OutOfMemoryError, and AcceleratorError where the driver says it
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # its workspace is taken with the first product
+    "can't allocate memory",  # of a CPU
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether that is what the error means: PyTorch's allocator, cuBLAS and the driver each have
+    words of their own for a card that is full."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _FULL)
 
 
 def peak_resident_bytes() -> int:

@@ -112,11 +112,15 @@ class Dials:
         limits: of a micro-batch.
         recomputed: share of the layers that compute their activations again.
         dequantized: whether the 4-bit weights are kept dequantised.
+        offloaded: whether the inputs of recomputed layers wait in the host's memory.
+        layout: "packed"; "by pair", where FlashAttention refuses it; or "padded".
     """
 
     limits: MicroBatchLimits
     recomputed: float
     dequantized: bool
+    offloaded: bool = False
+    layout: str = "packed"
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -125,7 +129,7 @@ class Dials:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Dials:
         """From `to_json`."""
-        return cls(MicroBatchLimits(**data["limits"]), data["recomputed"], data["dequantized"])
+        return cls(**{**data, "limits": MicroBatchLimits(**data["limits"])})
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from gapo_lite.embedded import model_state
 from gapo_lite.errors import ModelError, RunError
 from gapo_lite.journal import Journal, digest
 from gapo_lite.judge import Verdict, settled
+from gapo_lite.memory import is_out_of_memory
 from gapo_lite.model import (
     load_model_config,
     load_tokenizer,
@@ -139,7 +140,9 @@ def _score(reward: RewardModel, entry: Entry) -> float:
         )
     try:
         logits = reward.model(**inputs.to(reward.model.device)).logits
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise RunError(
             f"out of memory while scoring an answer of {length} tokens with {reward.name}. What "
             f"was scored is kept. ({str(error)[:200]})"

@@ -32,7 +32,7 @@ from gapo_lite.errors import ModelError
 
 _COUNTED = "gapo_counted"
 _PROBE_TOKENS = 64
-ITEM_BYTES = {torch.bfloat16: 2, torch.float32: 4}
+ITEM_BYTES = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4: 4 bits, a byte of scale for 64, a float32 of its scale for 64 · 256."""
 

@@ -34,7 +34,7 @@ from gapo_lite.drift import last_good_step, with_fall
 from gapo_lite.errors import RunError
 from gapo_lite.evaluate import Collate, PairScores, pair_scores, score_heldout, summarize
 from gapo_lite.loss import PairLoss
-from gapo_lite.memory import peak_memory_gib
+from gapo_lite.memory import is_out_of_memory, peak_memory_gib
 from gapo_lite.runs import Run
 from gapo_lite.training_state import (
     load_optimizer,
@@ -109,6 +109,7 @@ class GapoTrainer(Trainer):
         self._window_sums = self._step_sums.clone()
         self._window_start = self._started = time.perf_counter()
         self._seconds_before = 0.0  # of this run, in earlier processes
+        self.skipped_steps = 0  # of float16: their gradients overflowed
         super().__init__(
             model=model,
             args=args,
@@ -162,7 +163,9 @@ class GapoTrainer(Trainer):
             pairs = [inputs[index] for index in indices]
             try:
                 total += self._forward_backward(pairs, num_items_in_batch)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 oom = str(error)
             else:
                 continue
@@ -192,7 +195,8 @@ class GapoTrainer(Trainer):
         logps = self.pair_loss.logps(self.policy, batch)
         output = self.pair_loss(logps, batch.margin)
         loss = output.losses.sum() / num_pairs  # mean over the pairs of the whole step
-        loss.backward()
+        scaler = self.accelerator.scaler  # of float16 alone
+        (scaler.scale(loss) if scaler else loss).backward()
         self._step_sums += _sums(batch, logps, output)
         return loss.detach()
 
@@ -252,9 +256,16 @@ class GapoTrainer(Trainer):
                     distributed.all_reduce(parameter.grad)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
-        """Clips, and stops at a NaN before the optimizer spreads it over the weights."""
+        """Clips, and stops at a NaN before the optimizer spreads it over the weights. In float16
+        too large a loss scale overflows: that step is skipped, and the scale is halved."""
         norm = super()._clip_grad_norm(model)
         if not math.isfinite(norm):
+            scaler = self.accelerator.scaler
+            if scaler and scaler.get_scale() > 1:
+                self.skipped_steps += 1
+                if not self._step_sums.isfinite().all():
+                    self._step_sums.zero_()
+                return norm
             raise RunError(
                 f"the gradient norm is {float(norm)} at step {self.state.global_step + 1}; "
                 "stopped before the weights changed. Lower training.learning_rate or "
@@ -269,6 +280,12 @@ class GapoTrainer(Trainer):
         """Replaces the stock averages by means over pairs, and writes the row."""
         if "grad_norm" in logs:  # a logged training step, not the closing summary
             *sums, pairs, tokens = self._window_total().tolist()
+            if self.accelerator.scaler:
+                logs = {**logs, "skipped_steps": self.skipped_steps}
+            if not pairs:  # all of them overflowed
+                return
+            if not math.isfinite(logs["grad_norm"]):
+                del logs["grad_norm"]
             means = {name: value / pairs for name, value in zip(MEANS, sums, strict=True)}
             logs = {**logs, **means, **self._speed(pairs, tokens)}
             self._restart_window()
@@ -377,6 +394,9 @@ class GapoTrainer(Trainer):
             "running_gap": self.pair_loss.running_gap,
             "processes": self.args.world_size,
         }
+        if self.accelerator.scaler:
+            own["scaler"] = self.accelerator.scaler.state_dict()
+            own["skipped_steps"] = self.skipped_steps
         (stage / "gapo.json").write_text(json.dumps(own))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -400,6 +420,9 @@ class GapoTrainer(Trainer):
         if "limits" in own:  # older checkpoints have none
             self.limits = MicroBatchLimits(**own["limits"])
         self.pair_loss.running_gap = own.get("running_gap", 0.0)  # older checkpoints have none
+        if self.accelerator.scaler and "scaler" in own:
+            self.accelerator.scaler.load_state_dict(own["scaler"])
+            self.skipped_steps = own["skipped_steps"]
         self._seconds_before = own["elapsed_s"]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -39,6 +39,8 @@ from gapo_lite.drift import copy_adapter
 from gapo_lite.errors import ConfigError, GapoError
 from gapo_lite.evaluate import Collate
 from gapo_lite.forecast import settle
+from gapo_lite.fused import fuse_layers
+from gapo_lite.memory import reset_peak_memory
 from gapo_lite.model import (
     add_adapter,
     dequantize_base,
@@ -93,6 +95,7 @@ def train(
             nothing behind.
     """
     _check_reporters(config.training)
+    _check_precision(config)
     state = PartialState(
         cpu=not torch.cuda.is_available(),  # else CPU processes go unnoticed
         # The others wait while one process computes the reference; sharded, all compute it.
@@ -187,10 +190,11 @@ def _trainer(
     resuming: bool,
 ) -> GapoTrainer:
     device = pick_device()
+    reset_peak_memory()
     policy = _policy(config, device, dials)
     if config.training.fsdp:
         shard_base(policy)
-    layout = _layout(config, policy)
+    layout = _layout(config, policy, dials)
     set_seed(config.training.seed)
     heldout = prepared.heldout.tokenized.pairs if prepared.heldout else []
     pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
@@ -206,7 +210,14 @@ def _trainer(
         )
     return GapoTrainer(
         policy,
-        training_arguments(config.training, run, device, heldout=bool(heldout), resuming=resuming),
+        training_arguments(
+            config.training,
+            run,
+            device,
+            heldout=bool(heldout),
+            resuming=resuming,
+            float16=pick_precision(config.model.precision, device) == torch.float16,
+        ),
         train_pairs,
         heldout,
         objective=config.objective,
@@ -273,9 +284,11 @@ def _policy(config: RunConfig, device: torch.device, dials: Dials) -> PeftModel:
     else:
         base = load_base(config.model.name, device=device, **source)
     policy = add_adapter(base, **adapter)
-    set_recomputation(policy, dials.recomputed)
+    set_recomputation(policy, dials.recomputed, offload=dials.offloaded)
     if dials.dequantized:
         dequantize_base(policy)
+    if device.type == "cuda" and not config.training.fsdp:
+        fuse_layers(policy)
     return policy
 
 
@@ -286,6 +299,7 @@ def training_arguments(
     *,
     heldout: bool,
     resuming: bool = False,
+    float16: bool = False,
 ) -> TrainingArguments:
     """The stock trainer's arguments for our settings."""
     processes = PartialState().num_processes
@@ -296,6 +310,7 @@ def training_arguments(
         run_name=run.name,
         report_to=list(training.report_to),
         use_cpu=device.type == "cpu",
+        fp16=float16,  # its loss scaling; the forward pass has an autocast of its own
         seed=training.seed,
         data_seed=training.seed,
         learning_rate=training.learning_rate,
@@ -351,7 +366,7 @@ def _finish(trainer: GapoTrainer, run: Run, callback: RunCallback) -> None:
         logger.info("Finished. Chat with it: gapo-lite chat %s", run.path)
 
 
-def _layout(config: RunConfig, policy: PeftModel) -> str:
+def _layout(config: RunConfig, policy: PeftModel, dials: Dials) -> str:
     """packed where the model can do it; says so where it cannot.
 
     Raises:
@@ -360,8 +375,10 @@ def _layout(config: RunConfig, policy: PeftModel) -> str:
     wanted = config.training.layout
     if wanted == "padded":
         return wanted
-    unsloth = config.model.backend == "unsloth"
-    reason = "Unsloth has its own attention" if unsloth else why_not_packed(policy)
+    if config.model.backend == "unsloth":
+        reason = "Unsloth has its own attention"
+    else:
+        reason = why_not_packed(policy, without_flash=dials.layout == "by pair")
     if not reason:
         return "packed"
     if wanted == "packed":
@@ -378,6 +395,13 @@ def _check_reporters(training: TrainingConfig) -> None:
         raise ConfigError(
             f"training.report_to names {', '.join(missing)}, which is not installed: pip install "
             f"{' '.join(missing)}."
+        )
+
+
+def _check_precision(config: RunConfig) -> None:
+    if config.model.precision == "float16" and pick_device().type == "cpu":
+        raise ConfigError(
+            "model.precision: float16 trains on a GPU only. On a CPU use auto, bfloat16 or float32."
         )
 
 
