@@ -1,4 +1,4 @@
-"""What only an NVIDIA GPU can show; skipped, visibly, where there is none."""
+"""The training step and whole runs on a GPU, real or emulated (tests/hostcuda)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,6 @@ from gapo_lite.model import (
 from gapo_lite.runs import device_lease
 from gapo_lite.training import train
 from gapo_lite.types import TokenizedPair
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU; none here"),
-]
 
 SHAPES = ((170, 300, 41), (1, 1, 1), (64, 5, 200), (3, 128, 127))
 

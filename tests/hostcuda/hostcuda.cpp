@@ -328,6 +328,51 @@ int64_t fused_choice(const at::Tensor&, const at::Tensor&, const at::Tensor&, co
   return 0;  // plain products
 }
 
+// -- matrix products: in half precision with float32 sums, rounded once, as a GPU has them --
+
+void check_same_device(std::initializer_list<const at::Tensor*> tensors) {
+  for (const auto* t : tensors) {
+    TORCH_CHECK(t->is_cuda(), "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and ",
+                t->device(), "!");
+  }
+}
+
+template <typename Product>
+at::Tensor product(const at::Tensor& a, const at::Tensor& b, Product compute) {
+  check_same_device({&a, &b});
+  Pairs pairs;
+  const auto x = host_of(a, pairs), y = host_of(b, pairs);
+  TORCH_CHECK(x.scalar_type() == y.scalar_type(), "expected m1 and m2 to have the same dtype, but got: ", x.dtype(),
+              " != ", y.dtype());
+  if (!at::isReducedFloatingType(x.scalar_type())) return device_of(compute(x, y), pairs);
+  return device_of(compute(x.to(at::kFloat), y.to(at::kFloat)).to(x.scalar_type()), pairs);
+}
+
+at::Tensor gpu_mm(const at::Tensor& a, const at::Tensor& b) {
+  return product(a, b, [](const auto& x, const auto& y) { return at::mm(x, y); });
+}
+
+at::Tensor gpu_bmm(const at::Tensor& a, const at::Tensor& b) {
+  return product(a, b, [](const auto& x, const auto& y) { return at::bmm(x, y); });
+}
+
+at::Tensor gpu_addmm(const at::Tensor& self, const at::Tensor& a, const at::Tensor& b, const at::Scalar& beta,
+                 const at::Scalar& alpha) {
+  check_same_device({&self});
+  return product(a, b, [&](const auto& x, const auto& y) {
+    Pairs pairs;
+    return at::addmm(host_of(self, pairs).to(x.scalar_type()), x, y, beta, alpha);
+  });
+}
+
+at::Tensor& gpu_mm_out(const at::Tensor& a, const at::Tensor& b, at::Tensor& out) { return out.copy_(gpu_mm(a, b)); }
+at::Tensor& gpu_bmm_out(const at::Tensor& a, const at::Tensor& b, at::Tensor& out) { return out.copy_(gpu_bmm(a, b)); }
+
+at::Tensor& gpu_addmm_(at::Tensor& self, const at::Tensor& a, const at::Tensor& b, const at::Scalar& beta,
+                   const at::Scalar& alpha) {
+  return self.copy_(gpu_addmm(self, a, b, beta, alpha));
+}
+
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_the_host>()); }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
@@ -342,6 +387,12 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("set_.source_Tensor", TORCH_FN(set_source));
   m.impl("resize_", TORCH_FN(resize_));
   m.impl("_fused_sdp_choice", TORCH_FN(fused_choice));
+  m.impl("mm", TORCH_FN(gpu_mm));
+  m.impl("mm.out", TORCH_FN(gpu_mm_out));
+  m.impl("bmm", TORCH_FN(gpu_bmm));
+  m.impl("bmm.out", TORCH_FN(gpu_bmm_out));
+  m.impl("addmm", TORCH_FN(gpu_addmm));
+  m.impl("addmm_", TORCH_FN(gpu_addmm_));
 }
 
 // bitsandbytes' own CUDA kernels are not here; its default ones would come before the fallback.

@@ -89,7 +89,7 @@ CAPABILITY = tuple(map(int, os.environ.get("HOSTCUDA_CAPABILITY", "8.9").split("
 class Card:
     """What `torch.cuda.get_device_properties` returns."""
 
-    name = os.environ.get("HOSTCUDA_NAME", "NVIDIA GeForce RTX 4090 (emulated)")
+    name = os.environ.get("HOSTCUDA_NAME", "NVIDIA GeForce RTX 4090")
     total_memory = int(float(os.environ.get("HOSTCUDA_GIB", "24")) * GIB)
     major, minor = CAPABILITY
     multi_processor_count = 128
@@ -193,3 +193,6 @@ torch.version.cuda = "13.0 (emulated)"
 
 _aten = torch.library.Library("aten", "IMPL")
 flash_attention.register(_aten, CAPABILITY, _lib.hostcuda_own)
+_aten.impl(
+    "_fused_rms_norm_backward", torch._decomp.decompositions._fused_rms_norm_backward, "CUDA"
+)
