@@ -1,11 +1,14 @@
 """Training Llama-3-8B's shape on one GPU: beside TRL and Unsloth, lever by lever, and in 12 GB.
 
-    python benchmarks/gpu_8b.py --json benchmarks/results/gpu_8b.json
+    python benchmarks/gpu_8b.py --parts quick --json benchmarks/results/gpu_8b.json    # first
+    python benchmarks/gpu_8b.py --parts trl --json benchmarks/results/gpu_8b.json
     python benchmarks/gpu_8b.py --parts levers caps --json benchmarks/results/gpu_8b.json
     python benchmarks/gpu_8b.py --tiny          # a small model anywhere, to see that it runs
 
 It needs no network, no weights and no tokenizer: see gpu_model.py. The parts:
 
+    quick   about 5 minutes, the most telling first: `GapoTrainer` and TRL at 8 and 2 pairs a step,
+            all levers, each lever, and 12 GiB
     trl     TRL's `CPOTrainer` (SimPO), Unsloth's patched one where it is installed, and
             `GapoTrainer` (objective `simpo`, packed) take turns, at 2, 4 and 8 pairs a step, over
             the same pairs in the same order; they get them tokenised
@@ -14,9 +17,16 @@ It needs no network, no weights and no tokenizer: see gpu_model.py. The parts:
             `gapo-lite plan` predicts for this card
     caps    within the memory of smaller cards, by a cap on the process: the largest token budget
 
-Each turn is a process of its own with its own model, so that peaks, caps and what a lever or
-Unsloth changes for good stay its own. A case that runs out of memory is recorded, and the next goes
-on. What is timed is in common.py. A second call with other parts adds them to the same file.
+Each turn is a process of its own with its own model; in "trl" a turn has one contender, so that
+nothing of another's is in its peak. In "quick" ours and TRL share a process, which spares building
+the model again: between two cases the adapter starts anew, what the case before held is given back,
+and the peak is counted from there.
+
+The file is replaced after every case, so that a kill at any moment leaves what was measured; a part
+is "complete" once none of its cases was left out. A case that runs out of memory is recorded, and
+the next goes on; one whose process dies is recorded with its last words, and the next goes on in a
+new process. After `--minutes` the running turn is stopped. A second call with other parts adds them
+to the same file; a part that is measured again is replaced. What is timed is in common.py.
 
 "busy" is what was executed, padding included, as a share of the rate that a large bfloat16 matrix
 product reached in the same process; "useful" divides only the work that the pairs need (packed,
@@ -28,12 +38,15 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,6 +62,7 @@ from gpu_model import BETA, GAMMA, LEARNING_RATE, RANK, Scale, executed_flops, p
 from gpu_report import (
     COLUMNS,
     HEADINGS,
+    LEFT_OUT,
     OURS,
     TRL,
     UNSLOTH,
@@ -66,9 +80,10 @@ from gapo_lite import logps
 from gapo_lite.attention import SHARED_PREFIX
 from gapo_lite.batching import MicroBatchLimits, num_tokens
 from gapo_lite.config import ObjectiveConfig, RunConfig, parse_config
+from gapo_lite.disk import replace_text
 from gapo_lite.errors import ModelError, RunError
 from gapo_lite.forecast import matrix_rate, this_device
-from gapo_lite.memory import GIB, peak_resident_bytes
+from gapo_lite.memory import GIB, is_out_of_memory, peak_resident_bytes
 from gapo_lite.model import (
     add_adapter,
     causal_model,
@@ -81,9 +96,11 @@ from gapo_lite.plan import SHARES, Plan, Workload, best_plan, sizes_of
 from gapo_lite.shape import shape_of
 from gapo_lite.types import TokenizedPair
 
-PARTS = ("trl", "levers", "caps")
 BUDGETS = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+QUICK_BUDGETS = (2048, 4096, 8192)
 BUDGET = 8192
+READY = "the model is there"
+"""What a turn's process prints between building its model and the first case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +115,8 @@ class Case:
         packed: layout; the others pad.
         at_once: pairs a forward pass, at most.
         tokens: of a forward pass, at most.
-        tile_rows: of the head.
+        tile_rows: of the head; None for the usual ones.
+        prepared: levers that change the model for good: "dequantized", "liger".
         round: of turns.
     """
 
@@ -110,6 +128,7 @@ class Case:
     at_once: int | None = None
     tokens: int | None = None
     tile_rows: int | None = None
+    prepared: tuple[str, ...] = ()
     round: int = 1
 
     @property
@@ -124,14 +143,12 @@ class Turn:
 
     Attributes:
         part: of PARTS.
-        cases: the measurements.
-        prepared: levers that change the model: "dequantized", "liger", "unsloth".
+        cases: the measurements; what they have `prepared` only grows.
         cap_gib: memory of the card that it stands for; None for all there is.
     """
 
     part: str
     cases: tuple[Case, ...]
-    prepared: tuple[str, ...] = ()
     cap_gib: float | None = None
 
     def to_json(self) -> str:
@@ -142,8 +159,8 @@ class Turn:
     def from_json(cls, text: str) -> Turn:
         """From `to_json`."""
         data = json.loads(text)
-        cases = tuple(Case(**case) for case in data.pop("cases"))
-        return cls(**{**data, "cases": cases, "prepared": tuple(data["prepared"])})
+        cases = (Case(**{**case, "prepared": tuple(case["prepared"])}) for case in data["cases"])
+        return cls(data["part"], tuple(cases), data["cap_gib"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +174,7 @@ class Bench:
         rate: operations a second of a large matrix product, measured.
         dtype: of the arithmetic.
         options: of the command line.
+        prepared: levers that have changed the model.
     """
 
     policy: PeftModel
@@ -165,34 +183,42 @@ class Bench:
     rate: float
     dtype: torch.dtype
     options: argparse.Namespace
+    prepared: set[str] = field(default_factory=set)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints, and writes the file; ends with an error where the losses disagree."""
+    """Measures, prints, and keeps the file; ends with an error where the losses disagree."""
     options = _options(argv)
     if options.turn:
         for row in work(Turn.from_json(options.turn), options):
             print(json.dumps(row), flush=True)
         return
-    began = time.monotonic()
+    deadline = time.monotonic() + options.minutes * 60
     if pick_device().type == "cpu" and not options.tiny:
         raise SystemExit("There is no GPU here. --tiny runs the same on a small model anywhere.")
     machine = common.machine()
     print(common.describe(machine), flush=True)
+    hidden = ("json", "turn", "parts")
+    settings = {name: value for name, value in vars(options).items() if name not in hidden}
+    file = ResultFile(options.json, settings, machine)
     results: dict[str, list[dict[str, Any]]] = {part: [] for part in options.parts}
-    for turn in turns(options):
-        if time.monotonic() - began > options.minutes * 60:
-            print(f"--minutes {options.minutes:g} are over: the remaining turns are left out")
-            break
-        for row in run_turn(turn, options):
-            results[turn.part].append(row)
-            print(line(row), flush=True)
-    ratios = compare(results.get("trl", []))
     for part, rows in results.items():
-        print(f"\n{HEADINGS[part]}\n{common.table(summarize(rows), COLUMNS[part])}\n")
-    print("\n".join(map(ratio_line, ratios)))
-    if options.json:
-        _write(options, machine, results, ratios)
+        for turn in PARTS[part](options):
+            for row in run_turn(turn, options, deadline):
+                rows.append(row)
+                file.write(part, rows, ended=False)
+                if row.get("failed") != LEFT_OUT:
+                    print(line(row), flush=True)
+        file.write(part, rows, ended=True)
+    ratios = []
+    for part, rows in results.items():
+        ratios += compare(rows)
+        summary = summarize(rows)
+        shown = [row for row in summary if row["failed"] != LEFT_OUT]
+        print(f"\n{HEADINGS[part]}\n{common.table(shown, COLUMNS[part])}")
+        if len(shown) < len(summary):
+            print(f"{LEFT_OUT}: {len(summary) - len(shown)} of {len(summary)} cases")
+    print("", *map(ratio_line, ratios), sep="\n")
     check_losses(ratios)
 
 
@@ -201,7 +227,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     everyone = (TRL, UNSLOTH, OURS)
     add("--tiny", action="store_true", help="a small model and short pairs, on any machine")
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    add("--parts", nargs="+", choices=PARTS, default=["trl", "levers", "caps"])
     add("--micro-batch", type=int, nargs="+", default=[2, 4, 8], help="pairs a step beside TRL")
     add("--checkpointing", nargs="+", choices=("on", "off"), default=["on", "off"])
     add("--contenders", nargs="+", choices=everyone, default=list(everyone))
@@ -211,7 +237,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=8, help="timed steps of a case, at most")
     add("--warmup", type=int, default=2, help="steps before them that are not timed")
     add("--seconds-per-case", type=float, default=5.0, help="no step begins after so much time")
-    add("--minutes", type=float, default=9.0, help="no turn begins after so much time")
+    add("--minutes", type=float, default=8.5, help="of the whole call; what runs then is stopped")
     add("--seed", type=int, default=0, help="of weights, lengths and tokens")
     add("--json", type=Path, help="also write all figures to this file")
     add("--turn", help=argparse.SUPPRESS)
@@ -221,58 +247,138 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 # -- what is measured --
 
 
-def turns(options: argparse.Namespace) -> Iterator[Turn]:
-    """Of the chosen parts; beside TRL round by round, so that running out of time costs
-    repetitions first."""
-    if "trl" in options.parts:
-        for number in range(1, options.rounds + 1):
-            for contender in options.contenders:
-                both = [
-                    tuple(
-                        Case(contender, pairs, float(checkpointing == "on"), round=number,
-                             packed=contender == OURS)
-                        for pairs in options.micro_batch
-                    )
-                    for checkpointing in options.checkpointing
-                ]  # fmt: skip
-                if contender == UNSLOTH:  # is told of recomputation when it loads the model
-                    yield from (Turn("trl", cases, ("unsloth",)) for cases in both)
-                else:
-                    yield Turn("trl", sum(both, ()))
-    if "levers" in options.parts:
-        yield from lever_turns(options.batch)
-    if "caps" in options.parts:
-        for gib in options.caps_gib:
-            cases = tuple(
-                Case(OURS, 2 * options.batch, 1.0, f"{budget:,} tokens", tokens=budget)
-                for budget in BUDGETS
-            )
-            yield Turn("caps", cases, cap_gib=gib)
+def quick_turns(options: argparse.Namespace) -> Iterator[Turn]:
+    """The most telling first. All at 8 pairs a step, so that levers and TRL can be compared."""
+    beside_trl = [
+        Case(contender, pairs, 1.0, packed=contender == OURS)
+        for pairs in (8, 2)
+        for contender in (OURS, TRL)
+    ]
+    alone, dequantized, liger, everything = levers(8)
+    yield Turn("quick", (*beside_trl, dequantized, everything))
+    yield Turn("quick", alone)
+    yield Turn("quick", (liger,))
+    yield cap_turn("quick", 12.0, 16, QUICK_BUDGETS)
 
 
-def lever_turns(pairs: int) -> Iterator[Turn]:
+def trl_turns(options: argparse.Namespace) -> Iterator[Turn]:
+    """Round by round, so that running out of time costs repetitions first."""
+    for number in range(1, options.rounds + 1):
+        for contender in options.contenders:
+            both = [
+                tuple(
+                    Case(contender, pairs, float(checkpointing == "on"), round=number,
+                         packed=contender == OURS)
+                    for pairs in options.micro_batch
+                )
+                for checkpointing in options.checkpointing
+            ]  # fmt: skip
+            if contender == UNSLOTH:  # is told of recomputation when it loads the model
+                yield from (Turn("trl", cases) for cases in both)
+            else:
+                yield Turn("trl", sum(both, ()))
+
+
+def lever_turns(options: argparse.Namespace) -> Iterator[Turn]:
     """No lever, each alone, and all."""
+    alone, dequantized, liger, everything = levers(options.batch)
+    yield Turn("levers", (*alone, dequantized, everything))
+    yield Turn("levers", (liger,))
+
+
+def levers(pairs: int) -> tuple[tuple[Case, ...], Case, Case, Case]:
+    """(None and each that leaves the model alone, dequantised weights, Liger's kernels, all)."""
     none = Case(OURS, pairs, 1.0, "none", packed=False, at_once=2)
-    alone = [
+    alone = (
+        none,
         replace(none, lever="packed", packed=True),
         replace(none, lever=f"{BUDGET:,} tokens a pass", at_once=None, tokens=BUDGET),
         replace(none, lever="half recomputed", recomputed=0.5),
         replace(none, lever="nothing recomputed", recomputed=0.0),
         replace(none, lever="tiles of 4,096 rows", tile_rows=4096),
-    ]
-    yield Turn("levers", (none, *alone))
-    yield Turn("levers", (replace(none, lever="dequantised"),), ("dequantized",))
-    yield Turn("levers", (replace(none, lever="Liger's kernels"),), ("liger",))
-    everything = Case(OURS, pairs, 0.0, "all of them", tokens=BUDGET, tile_rows=4096)
+    )
+    dequantized = replace(none, lever="dequantised", prepared=("dequantized",))
+    liger = replace(none, lever="Liger's kernels", prepared=("liger",))
     prepared = ("dequantized", "liger") if find_spec("liger_kernel") else ("dequantized",)
-    yield Turn("levers", (everything,), prepared)
+    everything = Case(
+        OURS, pairs, 0.0, "all of them", tokens=BUDGET, tile_rows=4096, prepared=prepared
+    )
+    return alone, dequantized, liger, everything
 
 
-def run_turn(turn: Turn, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The rows of a turn, from a process of its own; one that says why, where it fails."""
-    if "unsloth" in turn.prepared and find_spec("unsloth") is None:
-        yield _failed(turn.cases[0], "not installed: requirements-unsloth.txt")
+def cap_turns(options: argparse.Namespace) -> Iterator[Turn]:
+    """A turn a card."""
+    for gib in options.caps_gib:
+        yield cap_turn("caps", gib, 2 * options.batch, BUDGETS)
+
+
+def cap_turn(part: str, gib: float, pairs: int, budgets: Sequence[int]) -> Turn:
+    """Growing budgets on one card."""
+    cases = (Case(OURS, pairs, 1.0, f"{budget:,} tokens", tokens=budget) for budget in budgets)
+    return Turn(part, tuple(cases), gib)
+
+
+PARTS = {"quick": quick_turns, "trl": trl_turns, "levers": lever_turns, "caps": cap_turns}
+
+
+# -- a turn's process, from outside --
+
+
+def run_turn(turn: Turn, options: argparse.Namespace, deadline: float) -> Iterator[dict[str, Any]]:
+    """The rows of a turn. Where its process dies, the case that it was at fails, or all of them
+    while the model was not there yet; a new process measures the rest.
+
+    Args:
+        turn: what to measure.
+        options: of the command line.
+        deadline: by `time.monotonic`.
+    """
+    if reason := _not_installed(turn.cases[0]):
+        yield _failed(turn.cases[0], turn, reason)
         return
+    left = turn.cases
+    while left:
+        lost = len(left)
+        try:
+            for printed in _output(replace(turn, cases=left), options, deadline):
+                if printed.startswith(READY):
+                    lost = 1
+                elif printed.startswith('{"contender"') and printed.endswith("\n"):
+                    # not what libraries print, nor half a line of a process that was stopped
+                    left = left[1:]
+                    yield json.loads(printed)
+            return
+        except ChildProcessError as error:
+            reason = str(error)
+        except TimeoutError:
+            reason, lost = LEFT_OUT, len(left)
+        yield from (_failed(case, turn, reason) for case in left[:lost])
+        left = left[lost:]
+
+
+def _not_installed(case: Case) -> str:
+    """Why there is no point in building a model; "" if there is."""
+    if case.contender == UNSLOTH and find_spec("unsloth") is None:
+        return "not installed: requirements-unsloth.txt"
+    if "liger" in case.prepared and find_spec("liger_kernel") is None:
+        return "not installed: requirements-liger.txt"
+    return ""
+
+
+def _failed(case: Case, turn: Turn, reason: str) -> dict[str, Any]:
+    return {**asdict(case), "cap_gib": turn.cap_gib, "failed": reason}
+
+
+def _output(turn: Turn, options: argparse.Namespace, deadline: float) -> Iterator[str]:
+    """The lines that the process of a turn prints.
+
+    Raises:
+        TimeoutError: the deadline has come; the process has been stopped.
+        ChildProcessError: it died; the text says of what.
+    """
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
     command = [sys.executable, __file__, "--turn", turn.to_json()]
     for name in ("steps", "warmup", "seconds_per_case", "seed"):
         command += [f"--{name.replace('_', '-')}", str(vars(options)[name])]
@@ -282,19 +388,36 @@ def run_turn(turn: Turn, options: argparse.Namespace) -> Iterator[dict[str, Any]
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
     ):
         assert process.stdout is not None
-        done = 0
-        for printed in process.stdout:  # libraries may print, too
-            if printed.startswith('{"contender"'):
-                done += 1
-                yield json.loads(printed)
-        if process.wait():
+        timer = threading.Timer(seconds, _stop, [process])
+        timer.start()
+        try:
+            yield from process.stdout
+            code = process.wait()
+        finally:  # also where whoever reads the lines is stopped
+            timer.cancel()
+            process.kill()
+        if code and time.monotonic() >= deadline:
+            raise TimeoutError
+        if code:
             errors.seek(0)
-            reason = (errors.read().strip().splitlines() or ["no message"])[-1]
-            yield _failed(turn.cases[min(done, len(turn.cases) - 1)], reason[:300])
+            raise ChildProcessError(_last_words(code, errors.read().strip().splitlines()))
 
 
-def _failed(case: Case, reason: str) -> dict[str, Any]:
-    return {**asdict(case), "failed": reason}
+def _last_words(code: int, lines: list[str]) -> str:
+    """Why a process died, in a line; more of what it said goes to the screen."""
+    print("\n".join(lines[-30:]), file=sys.stderr)
+    signalled = [f"killed by {signal.Signals(-code).name}"] if code < 0 else []
+    errors = [line for line in lines if re.match(r"[\w.]+Error: ", line)]  # CUDA's go on after it
+    said = (errors or lines)[-1:]
+    return "; ".join(signalled + said)[:300] or "no message"
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 # -- one turn, in its own process --
@@ -306,21 +429,21 @@ def work(turn: Turn, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     scale = gpu_model.TINY if options.tiny else gpu_model.LLAMA_3_8B
     device = pick_device()
     if turn.cap_gib and device.type == "cuda" and not _cap(turn, device):
-        yield _failed(turn.cases[0], f"this GPU has less than {turn.cap_gib:g} GiB")
+        yield _failed(turn.cases[0], turn, f"this GPU has less than {turn.cap_gib:g} GiB")
         return
     dtype = pick_precision("auto", device)
     rate = matrix_rate(scale.matrix, dtype, device)
-    try:
-        policy = _policy(turn, options, scale, device, dtype)
-    except ModelError as error:
-        yield _failed(turn.cases[0], str(error))
-        return
+    policy = _policy(turn, options, scale, device, dtype)
     start = {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}
     bench = Bench(policy, start, scale, rate, dtype, options)
-    model_gib = _held_bytes() / GIB
+    print(READY, flush=True)
     for case in turn.cases:
-        row = measure(case, bench)
-        row |= {"model_gib": model_gib, "matrix_rate": rate, "cap_gib": turn.cap_gib}
+        try:
+            row = measure(case, bench)
+        except ModelError as error:
+            yield _failed(case, turn, str(error))
+            continue
+        row |= {"matrix_rate": rate, "cap_gib": turn.cap_gib}
         if case.contender == OURS:
             row |= predicted(case, bench, turn)
         yield with_rates(row)
@@ -347,21 +470,14 @@ def _policy(
     dtype: torch.dtype,
 ) -> PeftModel:
     base = gpu_model.random_base(scale, device, dtype, options.seed)
-    if "unsloth" in turn.prepared:
+    if turn.cases[0].contender == UNSLOTH:
         with tempfile.TemporaryDirectory() as folder:
             gpu_model.save_base(base, Path(folder), dtype)
             del base
             gc.collect()
             torch.cuda.empty_cache()
             return _unsloth_policy(folder, turn, scale, dtype)
-    if "liger" in turn.prepared:
-        from gapo_lite.liger_backend import put_kernels_into
-
-        put_kernels_into(base, "this model")
-    policy = add_adapter(base, rank=RANK, alpha=2 * RANK)
-    if "dequantized" in turn.prepared:
-        dequantize_base(policy)
-    return policy
+    return add_adapter(base, rank=RANK, alpha=2 * RANK)
 
 
 def _unsloth_policy(folder: str, turn: Turn, scale: Scale, dtype: torch.dtype) -> PeftModel:
@@ -386,15 +502,21 @@ def _unsloth_policy(folder: str, turn: Turn, scale: Scale, dtype: torch.dtype) -
 
 
 def measure(case: Case, bench: Bench) -> dict[str, Any]:
-    """Trains some steps and says what they took; or that memory ran out."""
-    _prepare(case, bench)
+    """Trains some steps and says what they took; or that memory ran out.
+
+    Raises:
+        ModelError: a lever does not fit this machine.
+    """
+    tiles = dict(logps.TILE_ROWS)
     try:
-        return {**asdict(case), **_train(case, bench)}
-    except (torch.OutOfMemoryError, RunError) as error:
-        if "out of memory" not in str(error).lower():
-            raise
+        _prepare(case, bench)
+        return {**asdict(case), "model_gib": _held_bytes() / GIB, **_train(case, bench)}
+    except (RuntimeError, RunError) as error:
+        if not is_out_of_memory(error) and "out of memory" not in str(error):
+            raise  # the trainer says the latter where a single pair is too much
         return {**asdict(case), "out_of_memory": " ".join(str(error).split())[:300]}
     finally:
+        logps.TILE_ROWS.update(tiles)
         # accelerate's wrappers would pile up, and not be put where it believes them to be
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             bench.policy.__dict__.pop(name, None)
@@ -402,6 +524,10 @@ def measure(case: Case, bench: Bench) -> dict[str, Any]:
 
 def _prepare(case: Case, bench: Bench) -> None:
     """The same adapter for every case, nothing left of the case before, peaks from here on."""
+    for lever in case.prepared:
+        if lever not in bench.prepared:
+            _pull(lever, bench.policy)
+            bench.prepared.add(lever)
     if case.contender != UNSLOTH:
         causal_model(bench.policy).set_attn_implementation(SHARED_PREFIX if case.packed else "sdpa")
         set_recomputation(bench.policy, case.recomputed)
@@ -420,6 +546,16 @@ def _prepare(case: Case, bench: Bench) -> None:
         common.reset_peak()
 
 
+def _pull(lever: str, policy: PeftModel) -> None:
+    """Changes the model for good."""
+    if lever == "dequantized":
+        dequantize_base(policy)
+    else:
+        from gapo_lite.liger_backend import put_kernels_into
+
+        put_kernels_into(causal_model(policy), "this model")
+
+
 def _pairs(case: Case, bench: Bench) -> list[TokenizedPair]:
     steps = bench.options.warmup + bench.options.steps
     return gpu_model.synthetic_pairs(bench.scale, steps * case.pairs, bench.options.seed)
@@ -428,7 +564,6 @@ def _pairs(case: Case, bench: Bench) -> list[TokenizedPair]:
 def _train(case: Case, bench: Bench) -> dict[str, Any]:
     options, pairs = bench.options, _pairs(case, bench)
     clock = common.StepClock(options.warmup, options.seconds_per_case)
-    tiles = dict(logps.TILE_ROWS)
     with tempfile.TemporaryDirectory() as folder:
         arguments = common.shared_arguments(
             Path(folder),
@@ -440,7 +575,6 @@ def _train(case: Case, bench: Bench) -> dict[str, Any]:
         trainer = _trainer(case, bench, pairs, arguments)
         trainer.add_callback(clock)
         trainer.train()
-    logps.TILE_ROWS.update(tiles)
     first, last = options.warmup, options.warmup + len(clock.seconds)
     steps = [pairs[i * case.pairs : (i + 1) * case.pairs] for i in range(first, last)]
     config = causal_model(bench.policy).config
@@ -521,7 +655,7 @@ def predicted(case: Case, bench: Bench, turn: Turn) -> dict[str, float]:
 
     The plan does not know of Liger's kernels or of the head's tiles.
     """
-    model = {"dequantized_cache": "always" if "dequantized" in turn.prepared else "never"}
+    model = {"dequantized_cache": "always" if "dequantized" in case.prepared else "never"}
     training = {
         "batch_size": case.pairs,
         "micro_batch_size": case.at_once,
@@ -553,20 +687,37 @@ def _plan_of(config: RunConfig, case: Case, bench: Bench) -> Plan:
 # -- the file --
 
 
-def _write(
-    options: argparse.Namespace,
-    machine: dict[str, Any],
-    results: dict[str, list[dict[str, Any]]],
-    ratios: list[dict[str, Any]],
-) -> None:
-    """Each part with its machine; parts of an earlier call that were not measured now stay."""
-    hidden = ("json", "turn", "parts")
-    settings = {name: value for name, value in vars(options).items() if name not in hidden}
-    written = json.loads(options.json.read_text()) if options.json.is_file() else {}
-    for part, rows in results.items():
-        written[part] = {"machine": machine, "settings": settings, "summary": summarize(rows)}
-        written[part] |= {"measurements": rows, **({"ratios": ratios} if part == "trl" else {})}
-    common.write_json(options.json, written)
+class ResultFile:
+    """What `--json` names, replaced as a whole whenever something has been measured.
+
+    Parts of an earlier call stay, unless one of their cases has been measured again.
+
+    Args:
+        path: of the file; None for no file.
+        settings: of this call.
+        machine: what is measured on.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any], machine: dict[str, Any]):
+        self.path, self.settings, self.machine = path, settings, machine
+        self.earlier = json.loads(path.read_text()) if path and path.is_file() else {}
+        self.parts = dict(self.earlier)
+
+    def write(self, part: str, rows: list[dict[str, Any]], *, ended: bool) -> None:
+        """Writes the rows of a part so far, and what follows from them."""
+        left_out = [row.get("failed") == LEFT_OUT for row in rows]
+        if self.path is None or (part in self.earlier and all(left_out)):
+            return
+        self.parts[part] = {
+            "machine": self.machine,
+            "settings": self.settings,
+            "complete": ended and not any(left_out),
+            "summary": summarize(rows),
+            "measurements": rows,
+            "ratios": compare(rows),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(self.path, json.dumps(self.parts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

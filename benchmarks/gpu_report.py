@@ -10,6 +10,8 @@ from typing import Any
 OURS, TRL, UNSLOTH = "gapo-lite", "trl", "unsloth"
 LOSS_TOLERANCE = 0.1
 """How far the losses of the first step may lie apart in bfloat16; β = 10 magnifies the rounding."""
+LEFT_OUT = "left out: --minutes were over"
+"""Why a case has not been measured that could have been."""
 _TITLES = {OURS: "GaPO-Lite", TRL: "TRL", UNSLOTH: "Unsloth"}
 
 
@@ -55,15 +57,17 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         medians = {
             n: statistics.median(row[n] for row in ran) for n in _MEDIANS if ran and n in ran[0]
         }
-        last = {n: own[-1].get(n) for n in ("failed", "out_of_memory", "cut_to")}
-        last["predicted_to_fit"] = own[-1].get("predicted_to_fit")
-        summary.append(case | medians | last)
+        last = (ran or own)[-1]  # a round that was left out does not hide the one before
+        kept = ("failed", "out_of_memory", "cut_to", "predicted_to_fit")
+        summary.append(case | medians | {n: last.get(n) for n in kept})
     return summary
 
 
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours divided by each other contender's, round by round, over the steps that both took."""
+    """Ours without levers divided by each other contender's, round by round, over the steps that
+    both took."""
     ratios = []
+    rows = _where(rows, lever="")
     others = [c for c in _distinct(rows, "contender") if c["contender"] != OURS]
     for setting in _distinct([r for r in rows if "failed" not in r], "pairs", "recomputed"):
         for other in others:
@@ -124,7 +128,17 @@ _PREDICTED: dict[str, Callable[[dict[str, Any]], str]] = {
     "predicted pairs/s": _cell("predicted_pairs_per_second", ".3f"),
     "predicted peak": _cell("predicted_peak_gib", ".2f"),
 }
+
+
+def _name(row: dict[str, Any]) -> str:
+    """Whose case, and which."""
+    what = row["lever"] or f"{row['pairs']} pairs, {row['recomputed']:.0%} recomputed"
+    cap = f"{row['cap_gib']:g} GiB, " if row.get("cap_gib") else ""
+    return f"{cap}{_TITLES[row['contender']]}, {what}"
+
+
 COLUMNS: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
+    "quick": {"case": _name, **_MEASURED, **_PREDICTED, "first loss": _cell("first_loss", ".4f")},
     "trl": {**_WHO, **_MEASURED, **_PREDICTED, "first loss": _cell("first_loss", ".4f")},
     "levers": {"lever": lambda row: row["lever"], **_MEASURED, **_PREDICTED},
     "caps": {
@@ -136,6 +150,7 @@ COLUMNS: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     },
 }
 HEADINGS = {
+    "quick": "8 pairs a step unless it says otherwise; a card's budgets are of 16 pairs",
     "trl": "Beside the others: medians of the rounds",
     "levers": "Each lever alone on none, and all of them; speed and peak as the plan predicts them",
     "caps": "Within the memory of smaller cards: budgets up to the first that does not fit",
@@ -144,11 +159,9 @@ HEADINGS = {
 
 def line(row: dict[str, Any]) -> str:
     """A case as it has been measured."""
-    what = row["lever"] or f"{row['pairs']} pairs, {row['recomputed']:.0%} recomputed"
-    cap = f"{row['cap_gib']:g} GiB, " if row.get("cap_gib") else ""
     peak = f" pairs/s, {row['peak_gib']:.2f} GiB" if "peak_gib" in row else ""
     why = f": {row['failed']}" if row.get("failed") else ""
-    return f"{cap}{_TITLES[row['contender']]}, {what}: {_speed(row)}{peak}{why}"
+    return f"{_name(row)}: {_speed(row)}{peak}{why}"
 
 
 def ratio_line(ratio: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def test_pairs_are_cut_to_exactly_the_lengths_of_a_point(tiny_model):
 @pytest.fixture
 def in_this_process(gpu_8b, monkeypatch):
     """A turn's cases without a process of its own."""
-    monkeypatch.setattr(gpu_8b, "run_turn", gpu_8b.work)
+    monkeypatch.setattr(gpu_8b, "run_turn", lambda turn, options, _: gpu_8b.work(turn, options))
     monkeypatch.setattr(gpu_8b, "BUDGETS", (64, 128, 256))
 
 
@@ -184,7 +185,7 @@ def test_a_line_for_each_lever_with_what_was_predicted(gpu_8b, in_this_process, 
     rows = {row["lever"]: row for row in result["levers"]["measurements"]}
     assert list(rows) == [
         *("none", "packed", "8,192 tokens a pass", "half recomputed", "nothing recomputed"),
-        *("tiles of 4,096 rows", "dequantised", "Liger's kernels", "all of them"),
+        *("tiles of 4,096 rows", "dequantised", "all of them", "Liger's kernels"),
     ]
     assert "GPU" in rows.pop("Liger's kernels")["failed"]
     none = rows["none"]
@@ -252,13 +253,77 @@ def test_a_contender_that_runs_out_of_memory_is_recorded_and_the_others_are_meas
     assert "not both of them ran" in capsys.readouterr().out
 
 
-def test_a_turn_that_fails_is_a_line_with_its_last_words(gpu_8b, monkeypatch, tmp_path):
-    broken = tmp_path / "gpu_8b.py"
-    broken.write_text("print('a library greets')\nraise SystemExit('no such kernel')\n")
-    monkeypatch.setattr(gpu_8b, "__file__", str(broken))
-    turn = next(gpu_8b.lever_turns(4))
-    (row,) = gpu_8b.run_turn(turn, gpu_8b._options(["--tiny"]))
-    assert (row["lever"], row["failed"]) == ("none", "no such kernel")
+@pytest.fixture
+def forged_turn(gpu_8b, monkeypatch, tmp_path):
+    """Rows of a levers' turn whose process runs these lines at every case, all but its end forged;
+    with the number of processes that it took."""
+
+    def rows(lines, *, before="", minutes=1.0):
+        script = tmp_path / "gpu_8b.py"
+        starts = tmp_path / "starts"
+        script.write_text(
+            "import json, os, sys, time\n"
+            f"open({str(starts)!r}, 'a').write('x')\n"
+            f"print('a library greets')\n{before}\nprint({gpu_8b.READY!r}, flush=True)\n"
+            "for case in json.loads(sys.argv[2])['cases']:\n"
+            f"    {lines}\n"
+            "    print(json.dumps(case), flush=True)\n"
+        )
+        monkeypatch.setattr(gpu_8b, "__file__", str(script))
+        options = gpu_8b._options(["--tiny"])
+        turn = next(gpu_8b.lever_turns(options))
+        deadline = time.monotonic() + minutes * 60
+        return list(gpu_8b.run_turn(turn, options, deadline)), len(starts.read_text())
+
+    return rows
+
+
+def test_a_case_whose_process_dies_is_a_line_with_its_last_words_and_the_others_go_on(forged_turn):
+    rows, processes = forged_turn(
+        "if case['lever'] == 'packed': raise RuntimeError('no kernel\\nSet X to learn more')\n"
+        "    if case['lever'] == 'all of them': os.kill(os.getpid(), 9)"
+    )
+    failed = {row["lever"]: row["failed"] for row in rows if "failed" in row}
+    assert failed == {"packed": "RuntimeError: no kernel", "all of them": "killed by SIGKILL"}
+    assert len(rows) == 8
+    assert processes == 2
+
+
+def test_a_model_that_cannot_be_built_fails_all_cases_of_its_turn_at_once(forged_turn):
+    rows, processes = forged_turn("", before="sys.exit('no such kernel')")
+    assert [row["failed"] for row in rows] == ["no such kernel"] * 8
+    assert processes == 1
+
+
+def test_a_turn_is_stopped_when_the_minutes_are_over(gpu_8b, forged_turn):
+    began = time.monotonic()
+    rows, _ = forged_turn("if case['lever'] == 'packed': time.sleep(60)", minutes=1 / 60)
+    assert time.monotonic() - began < 10
+    assert [row.get("failed") for row in rows] == [None, *[gpu_8b.LEFT_OUT] * 7]
+    rows, _ = forged_turn("", minutes=0)
+    assert [row["failed"] for row in rows] == [gpu_8b.LEFT_OUT] * 8
+
+
+def test_liger_is_asked_for_before_a_model_is_built(gpu_8b, monkeypatch):
+    monkeypatch.setattr(gpu_8b, "find_spec", lambda name: None)
+    options = gpu_8b._options(["--tiny"])
+    *_, turn = gpu_8b.lever_turns(options)
+    (row,) = gpu_8b.run_turn(turn, options, deadline=0.0)
+    assert row["failed"] == "not installed: requirements-liger.txt"
+
+
+def test_what_was_left_out_does_not_replace_what_an_earlier_call_measured(gpu_8b, tmp_path):
+    path = tmp_path / "new" / "result.json"
+    case = {"contender": "gapo-lite", "pairs": 2, "recomputed": 1.0, "lever": "", "round": 1}
+    measured, left_out = case | {"failed": "crashed"}, case | {"failed": gpu_8b.LEFT_OUT}
+    gpu_8b.ResultFile(path, {}, {}).write("trl", [left_out, left_out], ended=True)
+    assert len(json.loads(path.read_text())["trl"]["measurements"]) == 2
+    for rows, complete in (([measured, left_out], False), ([measured], True), ([left_out], True)):
+        file = gpu_8b.ResultFile(path, {}, {})
+        file.write("trl", rows, ended=False)
+        file.write("trl", rows, ended=True)
+        assert json.loads(path.read_text())["trl"]["complete"] is complete
+    assert json.loads(path.read_text())["trl"]["measurements"] == [measured]
 
 
 def test_the_random_model_is_one_that_others_load(gpu_8b, tmp_path):
