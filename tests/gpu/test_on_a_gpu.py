@@ -7,12 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from forging import randomize_adapter
+from forging import numbers, randomize_adapter, run_of, settings_with
 from liger_parity import measure
 
 from gapo_lite import attention
 from gapo_lite.batching import pack, pad
-from gapo_lite.config import ObjectiveConfig, parse_config
+from gapo_lite.config import ObjectiveConfig
 from gapo_lite.errors import RunError
 from gapo_lite.loss import PairLoss
 from gapo_lite.model import (
@@ -23,7 +23,6 @@ from gapo_lite.model import (
     why_not_packed,
 )
 from gapo_lite.runs import device_lease
-from gapo_lite.training import train
 from gapo_lite.types import TokenizedPair
 
 SHAPES = ((170, 300, 41), (1, 1, 1), (64, 5, 200), (3, 128, 127))
@@ -36,8 +35,8 @@ def random_pairs():
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_model):
-    base = load_base(str(tiny_model), quantization="nf4", dtype=torch.bfloat16, device="cuda")
+def policy(small_model):
+    base = load_base(str(small_model), quantization="nf4", dtype=torch.bfloat16, device="cuda")
     model = add_adapter(base, rank=8)
     randomize_adapter(model, 0.05)
     assert why_not_packed(model) == ""
@@ -67,9 +66,9 @@ def test_packed_equals_padded_within_bfloat16_rounding(policy):
     assert torch.nn.functional.cosine_similarity(grads, expected_grads, dim=0) > 0.999
 
 
-def test_dequantised_weights_give_the_same_numbers(policy, tiny_model):
+def test_dequantised_weights_give_the_same_numbers(policy, small_model):
     expected_logps, expected_grads = logps_and_gradients(policy, pack(random_pairs()))
-    base = load_base(str(tiny_model), quantization="nf4", dtype=torch.bfloat16, device="cuda")
+    base = load_base(str(small_model), quantization="nf4", dtype=torch.bfloat16, device="cuda")
     other = add_adapter(base, rank=8)
     other.load_state_dict(policy.state_dict(), strict=False)
     dequantize_base(other)
@@ -95,38 +94,37 @@ def test_a_pass_never_waits_for_the_gpu(policy):
 
 
 LEVERS = {
-    "plain": {"micro_batch_size": 2},
-    "all": {"micro_batch_size": None, "micro_batch_tokens": 200, "gradient_checkpointing": 0.5},
+    "plain": {"model": {"dequantized_cache": "never"}, "training": {"micro_batch_size": 2}},
+    "all": {
+        "model": {"dequantized_cache": "always"},
+        "lora": {"dropout": 0.0},  # with dropout no LoRA layer is fused
+        "training": {
+            "micro_batch_size": None,
+            "micro_batch_tokens": 300,
+            "gradient_checkpointing": 0.5,
+            "offload": "always",
+        },
+    },
 }
 
 
 @pytest.mark.parametrize("levers", LEVERS)
-def test_a_run_on_the_gpu_resumes_exactly(tiny_settings, tmp_path, levers):
-    """As if it had been killed after step 10: the checkpoint of step 12 is gone."""
-    settings = {
-        **tiny_settings,
-        "model": {
-            **tiny_settings["model"],
-            "precision": "auto",
-            "dequantized_cache": "always" if levers == "all" else "never",
-        },
-        "training": {**tiny_settings["training"], **LEVERS[levers]},
-    }
-    whole, run = (
-        train(parse_config(settings), runs_dir=tmp_path, name=name, show_progress=False)
-        for name in ("whole", "cut")
-    )
-    shutil.rmtree(run.checkpoints / "checkpoint-12")
-    train(parse_config(settings), runs_dir=tmp_path, resume="cut", show_progress=False)
+def test_a_run_on_the_gpu_resumes_exactly(small_settings, tmp_path, levers):
+    """As if it had been killed after step 4: the checkpoint of step 6 is gone."""
+    settings = settings_with(small_settings, **LEVERS[levers])
+    whole, run = (run_of(settings, tmp_path, name=name) for name in ("whole", "cut"))
+    shutil.rmtree(run.checkpoints / "checkpoint-6")
+    run_of(settings, tmp_path, resume="cut")
     ours, theirs = (r.adapter / "adapter_model.safetensors" for r in (whole, run))
     assert ours.read_bytes() == theirs.read_bytes()
+    assert numbers(run) == numbers(whole)
     assert all(row["memory_gib"] > 0 for row in run.metrics() if "loss" in row)
 
 
-def test_liger_s_kernels_equal_the_plain_layers(tiny_model):
+def test_liger_s_kernels_equal_the_plain_layers(small_model):
     """As tests/test_liger.py asks of the interpreter; answers are left out, since on a GPU rounding
     may turn a close choice of a token."""
-    for case, found in measure(tiny_model, "cuda").items():
+    for case, found in measure(small_model, "cuda").items():
         is_float32 = "float32" in case
         assert found["logps"] < (1e-4 if is_float32 else 2e-2), case
         assert found["gradients"] < (1e-4 if is_float32 else 5e-2), case
@@ -134,8 +132,8 @@ def test_liger_s_kernels_equal_the_plain_layers(tiny_model):
         assert found["plain is left alone"], case
 
 
-def test_a_second_training_on_the_same_gpu_is_refused(tiny_settings, tmp_path):
+def test_a_second_training_on_the_same_gpu_is_refused(small_settings, tmp_path):
     uuid = torch.cuda.get_device_properties(0).uuid
     with device_lease(f"cuda-{uuid}"), pytest.raises(RunError, match="another training"):
-        train(parse_config(tiny_settings), runs_dir=tmp_path, show_progress=False)
+        run_of(small_settings, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -19,13 +19,15 @@ Window = tuple[int | None, int | None]
 
 
 def register(
-    library: torch.library.Library, capability: tuple[int, int], own_reads: Callable[[int], Any]
+    library: torch.library.Library,
+    capability: Callable[[], tuple[int, int]],
+    own_reads: Callable[[int], Any],
 ) -> None:
     """Puts the kernels where CUDA's would be.
 
     Args:
         library: of the namespace "aten".
-        capability: of the device.
+        capability: says that of the device.
         own_reads: called with 1 before and -1 after a kernel: what it reads is no wait of the host.
     """
 
@@ -34,7 +36,7 @@ def register(
         def run(*args: Any, **kwargs: Any) -> Any:
             own_reads(1)
             try:
-                return function(capability, *args, **kwargs)
+                return function(capability(), *args, **kwargs)
             finally:
                 own_reads(-1)
 

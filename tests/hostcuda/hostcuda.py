@@ -83,20 +83,20 @@ import torch  # noqa: E402
 
 import flash_attention  # isort: skip  # noqa: E402
 
-CAPABILITY = tuple(map(int, os.environ.get("HOSTCUDA_CAPABILITY", "8.9").split(".")))
-
 
 class Card:
-    """What `torch.cuda.get_device_properties` returns."""
+    """What `torch.cuda.get_device_properties` returns, and `held`: bytes in other hands."""
 
     name = os.environ.get("HOSTCUDA_NAME", "NVIDIA GeForce RTX 4090")
     total_memory = int(float(os.environ.get("HOSTCUDA_GIB", "24")) * GIB)
-    major, minor = CAPABILITY
+    major, minor = map(int, os.environ.get("HOSTCUDA_CAPABILITY", "8.9").split("."))
+    held = int(float(os.environ.get("HOSTCUDA_HELD_GIB", "0")) * GIB)
     multi_processor_count = 128
     uuid = f"hostcuda-{os.environ.get('PYTEST_XDIST_WORKER', '')}"  # a card for each test process
 
 
-_held = int(float(os.environ.get("HOSTCUDA_HELD_GIB", "0")) * GIB)
+def _capability(device=None) -> tuple[int, int]:
+    return Card.major, Card.minor
 
 
 def limit(num_bytes: int) -> None:
@@ -104,7 +104,13 @@ def limit(num_bytes: int) -> None:
     _lib.hostcuda_limit(num_bytes)
 
 
-limit(Card.total_memory - _held)
+def become(capability: tuple[int, int], memory: int, held: int = 0) -> None:
+    """Makes the device another card, of `memory` bytes of which `held` are in other hands."""
+    (Card.major, Card.minor), Card.total_memory, Card.held = capability, memory, held
+    limit(memory - held)
+
+
+become(_capability(), Card.total_memory, Card.held)
 
 
 class _Stream:
@@ -159,12 +165,12 @@ for _name, _value in {
     "synchronize": lambda device=None: None,
     "empty_cache": lambda: None,
     "is_bf16_supported": lambda including_emulation=True: (
-        CAPABILITY >= (8, 0) or including_emulation
+        _capability() >= (8, 0) or including_emulation
     ),
-    "get_device_capability": lambda device=None: CAPABILITY,
+    "get_device_capability": _capability,
     "get_device_name": lambda device=None: Card.name,
     "get_device_properties": lambda device=None: Card,
-    "mem_get_info": lambda device=None: (Card.total_memory - _held - live(), Card.total_memory),
+    "mem_get_info": lambda device=None: (Card.total_memory - Card.held - live(), Card.total_memory),
     "memory_allocated": lambda device=None: live(),
     "memory_reserved": lambda device=None: live(),
     "max_memory_allocated": lambda device=None: peak(),
@@ -192,7 +198,7 @@ torch.Tensor.record_stream = lambda tensor, stream: None
 torch.version.cuda = "13.0 (emulated)"
 
 _aten = torch.library.Library("aten", "IMPL")
-flash_attention.register(_aten, CAPABILITY, _lib.hostcuda_own)
+flash_attention.register(_aten, _capability, _lib.hostcuda_own)
 _aten.impl(
     "_fused_rms_norm_backward", torch._decomp.decompositions._fused_rms_norm_backward, "CUDA"
 )
