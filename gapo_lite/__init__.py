@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from typing import Any
 
 __version__ = "0.1.0"
 
 # Before bitsandbytes is imported: it notes the lack of a CPU kernel that training does not use.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+# Before torch is imported: with passes of many lengths its allocator of GPU memory reserves 2 %
+# more than is used instead of 8 %. A person's own setting wins, under either of its names.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 _PUBLIC = {
     "GapoTrainer": "gapo_lite.trainer",

@@ -64,6 +64,7 @@ def examine(runs_dir: Path) -> Iterator[Check]:
     yield from (_package(name) for name in SUPPORTED)
     yield _guarded("GPU", _gpu)
     yield _guarded("4-bit layer", _four_bit_layer)
+    yield _guarded("attention", _attention)
     yield from (_embedded_model(name) for name in EMBEDDED_MODELS)
     yield _guarded("disk for runs", lambda: _disk("disk for runs", runs_dir.absolute()))
     yield _guarded("disk for cache", lambda: _disk("disk for cache", cache_dir()))
@@ -118,7 +119,7 @@ def _gpu() -> Check:
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     text = (
         f"{torch.cuda.get_device_name()}, {total / GIB:.1f} GiB, {free / GIB:.1f} GiB free, "
-        f"{'bfloat16' if has_bf16 else 'no bfloat16: float32 is used'}, CUDA {torch.version.cuda}"
+        f"{'bfloat16' if has_bf16 else 'no bfloat16: float16 is used'}, CUDA {torch.version.cuda}"
     )
     return Check("ok" if free > total / 2 else "warn", "GPU", text)
 
@@ -149,6 +150,21 @@ def _four_bit_layer() -> Check:
         text = f"{where} is wrong by {max(errors):.1%}: reinstall bitsandbytes"
         return Check("fail", "4-bit layer", f"{text}, or train with model.quantization: none")
     return Check("ok", "4-bit layer", where)
+
+
+def _attention() -> Check:
+    """Tries FlashAttention's varlen kernels, forward and backward, which packed pairs want."""
+    from gapo_lite.attention import why_not_flash
+    from gapo_lite.model import pick_device, pick_precision
+
+    device = pick_device()
+    if device.type == "cpu":
+        return Check("ok", "attention", "on the CPU, by scaled_dot_product_attention")
+    dtype = pick_precision("auto", device)
+    if refusal := why_not_flash(device, dtype, 128):
+        text = f"FlashAttention does not run here ({refusal}): slower layouts are used"
+        return Check("warn", "attention", text)
+    return Check("ok", "attention", "FlashAttention, forward and backward over packed pairs")
 
 
 def _relative_error(found: Any, expected: Any) -> float:

@@ -7,6 +7,7 @@ alone, so that the same run on the same kind of machine is cut in the same way.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -33,6 +34,8 @@ from gapo_lite.published import DATA_SETS, published_config, published_lengths
 from gapo_lite.runs import list_runs
 from gapo_lite.shape import ModelShape, shape_of
 
+logger = logging.getLogger(__name__)
+
 _NOMINAL_CPU = 1e11, 1e10
 
 
@@ -48,7 +51,8 @@ class Forecast:
         plan: what to expect.
         advice: settings that would make it fit, by key; empty where it does or none would.
         measured: of runs like it that have been: each one's name, peak in GiB and tokens a second.
-        notes: what was taken as published instead of read, a sentence each.
+        notes: what was taken as published instead of read, and what other programs hold, a
+            sentence each.
     """
 
     config: RunConfig
@@ -122,7 +126,9 @@ def forecast(
     plan = best_plan(config, shape, work, device)
     measured = [] if gpu or runs_dir is None else _measured(config, runs_dir)
     remedy = {} if plan.fits else advice(config, shape, work, device)
-    return Forecast(config, shape, work, device, plan, remedy, measured, source.notes)
+    taken = "" if gpu else _taken_by_others(plan)
+    notes = [*source.notes, *filter(None, [taken])]
+    return Forecast(config, shape, work, device, plan, remedy, measured, notes)
 
 
 def settle(config: RunConfig, prepared: Prepared, *, processes: int = 1) -> tuple[Dials, str]:
@@ -146,7 +152,23 @@ def settle(config: RunConfig, prepared: Prepared, *, processes: int = 1) -> tupl
     except ModelError as error:
         return _careful(config), f"{error} Taking the dials that need least memory."
     plan = best_plan(config, shape, work, device)
+    if note := _taken_by_others(plan):
+        logger.warning("%s", note)
     return plan.dials, describe(plan, device)
+
+
+def _taken_by_others(plan: Plan) -> str:
+    """Says so where other programs hold memory of this machine's GPU that the plan counts on."""
+    if not torch.cuda.is_available():
+        return ""
+    free, total = torch.cuda.mem_get_info(pick_device())
+    if plan.peak <= free:
+        return ""
+    return (
+        f"Only {free / GIB:.1f} of this GPU's {total / GIB:.1f} GiB is free, and about "
+        f"{plan.peak / GIB:.1f} GiB are planned with: end what else uses it (nvidia-smi lists it), "
+        "or training may run out of memory and go on in smaller passes."
+    )
 
 
 def describe(plan: Plan, device: Device) -> str:
@@ -164,7 +186,11 @@ def dials_in_words(plan: Plan) -> str:
     parts = [
         f"at most {plan.micro_batch_tokens:,} tokens a forward pass",
         f"activations of {dials.recomputed:.0%} of the layers computed again",
+        "their inputs kept in the host's memory" if dials.offloaded else "",
         "4-bit weights kept dequantised" if dials.dequantized else "",
+        {"by pair": "attention pair by pair (no FlashAttention)", "padded": "padded"}.get(
+            dials.layout, ""
+        ),
     ]
     return ", ".join(filter(None, parts))
 
@@ -305,6 +331,7 @@ def _careful(config: RunConfig) -> Dials:
         MicroBatchLimits(pairs=1) if limits == MicroBatchLimits() else limits,
         1.0 if share is None else share,
         config.model.dequantized_cache == "always",
+        offloaded=config.training.offload == "always" and share != 0,
     )
 
 

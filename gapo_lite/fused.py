@@ -142,13 +142,11 @@ class _LoraLinear(torch.autograd.Function):
         factor: torch.Tensor,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(rounded_a.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            weight = _weight(base, rows.dtype)
-            low = rows @ rounded_a.T
-            out = rows @ weight.T
-            out.addmm_(low, rounded_b.T)
-            if base.bias is not None:
-                out += base.bias
+        low = rows @ rounded_a.T
+        out = rows @ _weight(base, rows.dtype).T
+        out.addmm_(low, rounded_b.T)
+        if base.bias is not None:
+            out += base.bias
         ctx.save_for_backward(rows, low)
         ctx.base, ctx.rounded, ctx.factor = base, (rounded_a, rounded_b), factor
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
@@ -159,16 +157,15 @@ class _LoraLinear(torch.autograd.Function):
         rows, low = ctx.saved_tensors
         rounded_a, rounded_b = ctx.rounded
         grad = grads[0].reshape(-1, grads[0].shape[-1]).to(rows.dtype)
-        with torch.autocast(rows.device.type, enabled=False):
-            grad_low = grad @ rounded_b  # with s in it, as ∂/∂x and ∂/∂A want it
-            grad_a = (grad_low.T @ rows).float()
-            # The factor is a float32 tensor, so that one kernel multiplies and casts.
-            grad_b = (grad.T @ low) * ctx.factor
-            grad_x = None
-            if ctx.needs_input_grad[0]:
-                grad_x = grad @ _weight(ctx.base, rows.dtype)
-                grad_x.addmm_(grad_low, rounded_a)
-                grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
+        grad_low = grad @ rounded_b  # with s in it, as ∂/∂x and ∂/∂A want it
+        grad_a = (grad_low.T @ rows).float()
+        # The factor is a float32 tensor, so that one kernel multiplies and casts.
+        grad_b = (grad.T @ low) * ctx.factor
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ _weight(ctx.base, rows.dtype)
+            grad_x.addmm_(grad_low, rounded_a)
+            grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
         return grad_x, grad_a, grad_b, None, None, None, None
 
 

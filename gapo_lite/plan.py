@@ -5,9 +5,11 @@
 
 By arithmetic alone, so that it answers for a card that is not here. Peak memory is the weights, the
 adapter with its gradient and AdamW's two moments, what autograd keeps of the largest micro-batch,
-and the greater of a tile of logits and a layer computed again. Time is the matrix products at a
-share of the card's rate, and what is read and written between them at a share of its bandwidth;
-these shares are assumptions for a GPU (none was measured yet) and measured on a CPU: see SHARES.
+and the greater of a tile of logits and a layer computed again; for a GPU it is held against a
+simulated step (benchmarks/gpu_simulated.py). Time is the matrix products at a share of the card's
+rate, and what is read and written between them at a share of its bandwidth, or what it takes to
+start the kernels if that is more; these shares are assumptions for a GPU (none was measured yet)
+and measured on a CPU: see SHARES.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gapo_lite.batching import MicroBatchLimits, num_tokens
+from gapo_lite.batching import MicroBatchLimits
 from gapo_lite.config import RunConfig
 from gapo_lite.devices import Device
 from gapo_lite.lengths import shortened
@@ -42,6 +44,8 @@ SHORTER = (1024, 768, 512, 384, 256)
 
 _STEPS_LOOKED_AT = 200  # enough to know how well micro-batches are filled
 _AS_FAST = 1.02  # less than 2 % slower counts as equally fast; then less memory wins
+_OFFLOADED = 1.05  # assumed: what a step takes longer, its copies being made beside the products
+_BY_PAIR = 0.2  # assumed: kernels of a layer that each pair of a pass starts without FlashAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +58,8 @@ class Shares:
         memory: of the memory that may be planned with; fragments and the driver take the rest.
         passes_over_activations: how often the bytes that autograd keeps of a layer are read or
             written in its forward and backward pass together.
-        layer_seconds: what a layer costs in each pass beside that, however little goes through it:
-            Python, and starting kernels.
+        layer_seconds: what a layer takes in each pass, however little goes through it: Python, and
+            starting kernels. On a GPU beside what it computes, on a CPU on top of it.
         activations: how many times the bytes that autograd keeps are held; a CPU's kernels take
             more.
         holes: how many times that where the lengths of the pairs differ: between blocks of many
@@ -81,8 +85,8 @@ SHARES = {
         bandwidth=0.8,
         memory=0.92,
         passes_over_activations=8.0,
-        layer_seconds=3e-4,
-        activations=1.0,
+        layer_seconds=8e-4,  # about 80 launches at 10 µs
+        activations=1.02,  # keys and values of a prompt are gathered twice
         holes=1.0,
         held=0.6 * GIB,
         basis="the shares of a card's rate and bandwidth that are reached are assumptions, none of "
@@ -140,7 +144,7 @@ class Workload:
         lengths: (N, 3) tokens of prompt, chosen and rejected, after all cuts.
         heldout: (M, 3) of the held-out pairs.
         batch_size: pairs an optimizer step on this device.
-        packed: layout.
+        packed: whether it may be packed.
         shards: processes that share the layers' weights.
     """
 
@@ -150,9 +154,11 @@ class Workload:
     packed: bool = True
     shards: int = 1
 
-    def sizes(self) -> list[int]:
-        """Tokens of each pair through the model."""
-        return [num_tokens(*map(int, row), packed=self.packed) for row in self.lengths]
+    def sizes(self, layout: str) -> NDArray[np.int64]:
+        """(N,) tokens of each pair through the model; see `batching.num_tokens`."""
+        if layout != "padded":
+            return self.lengths.sum(axis=1)
+        return 2 * (self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,21 +221,41 @@ def plans_for(
     )
     # On a CPU it does not pay: benchmarks/training_step.py.
     auto = (False,) if device.is_cpu else (False, True)
-    caches = {"auto": auto, "always": (True,), "never": (False,)}[model.dequantized_cache]
-    # How micro-batches are filled depends on their limits alone, and takes most of the time.
-    filled = {limit: _micro_batches(work, limit, config.training.seed) for limit in limits}
-    for limit, layers, cache in itertools.product(
-        limits, recomputed, caches if can_dequantize else (False,)
+    choices = {"auto": auto, "always": (True,), "never": (False,)}
+    caches = choices[model.dequantized_cache] if can_dequantize else (False,)
+    can_offload = not device.is_cpu and model.backend != "unsloth"
+    offloads = choices[training.offload] if can_offload else (False,)
+    # How micro-batches are filled depends on limits and layout alone, and takes most of the time.
+    layouts = _layouts(config, shape, work, device)
+    filled = {
+        (limit, layout): _micro_batches(work, limit, layout, training.seed)
+        for limit, layout in itertools.product(limits, layouts)
+    }
+    for limit, layers, cache, offload, layout in itertools.product(
+        limits, recomputed, caches, offloads, layouts
     ):
-        dials = Dials(limit, layers, cache)
-        yield _plan(config, shape, work, device, dials, filled[limit])
+        if layers or not offload:
+            dials = Dials(limit, layers, cache, offload, layout)
+            yield _plan(config, shape, work, device, dials, filled[limit, layout])
+
+
+def _layouts(
+    config: RunConfig, shape: ModelShape, work: Workload, device: Device
+) -> tuple[str, ...]:
+    """Those to choose from: `attention.why_not_flash`, foretold for a card that is not here."""
+    if not work.packed:
+        return ("padded",)
+    flash = device.has_flash_attention and shape.item_bytes == 2
+    if device.is_cpu or (flash and shape.head_size <= 256 and shape.head_size % 8 == 0):
+        return ("packed",)
+    return ("by pair",) if config.training.layout == "packed" else ("by pair", "padded")
 
 
 def _micro_batches(
-    work: Workload, limits: MicroBatchLimits, seed: int
+    work: Workload, limits: MicroBatchLimits, layout: str, seed: int
 ) -> tuple[float, tuple[int, int]]:
     """Micro-batches an optimizer step, and (tokens, response tokens) of the largest."""
-    sizes = np.array(work.sizes())
+    sizes, packed = work.sizes(layout), layout != "padded"
     responses = work.lengths[:, 1:].sum(axis=1)
     order = np.random.default_rng(seed).permutation(len(sizes))
     # The longest pairs of all come together now and then: they are the first step looked at.
@@ -238,11 +264,11 @@ def _micro_batches(
     steps = [longest, *(order[start : start + work.batch_size] for start in starts)]
     counts, largest = [], (0, 0)
     for step in steps:
-        cut = limits.micro_batches(sizes[step].tolist(), packed=work.packed)
+        cut = limits.micro_batches(sizes[step].tolist(), packed=packed)
         counts.append(len(cut) * work.batch_size / len(step))
         for group in cut:
             chosen = step[group]
-            tokens = sizes[chosen].sum() if work.packed else len(group) * sizes[chosen].max()
+            tokens = sizes[chosen].sum() if packed else len(group) * sizes[chosen].max()
             largest = max(largest, (int(tokens), int(responses[chosen].sum())))
     return float(np.mean(counts[1:])), largest
 
@@ -265,7 +291,7 @@ def _plan(
         quantized=config.model.quantization == "nf4",
         device=device,
         shards=work.shards,
-        alike=len(np.unique(work.lengths, axis=0)) <= 1,
+        alike=bool((work.lengths == work.lengths[:1]).all()),
     )
     step, evaluation = _seconds(shape, work, device, dials, passes)
     training = config.training
@@ -313,22 +339,70 @@ def memory_parts(
         alike: whether all pairs have the same lengths.
     """
     item, shares = shape.item_bytes, SHARES[device.is_cpu]
-    held = shares.activations * (1.0 if alike else shares.holes)
     weight = NF4_BYTES if quantized and not dials.dequantized else item
-    tile = min(rows, TILE_ROWS["cpu" if device.is_cpu else "cuda"])
-    logits = tile * shape.vocabulary * (4 + item)
-    kept = dials.recomputed * shape.hidden * item + (1 - dials.recomputed) * shape.activation_bytes
-    # The backward pass of one layer: its activations again if they were dropped, and gradients.
-    layer = tokens * shape.activation_bytes * (1.0 if dials.recomputed else 0.5)
-    largest = max(n * m for n, m in shape.linear) * item if weight == NF4_BYTES else 0
+    # float32 weight, gradient, Adam's m and v, and on a GPU a copy in the arithmetic's type
+    adapter = 4 * 4 if device.is_cpu else 4 * 4 + item
+    held = shares.activations * (1.0 if alike else shares.holes)
+    layer = held * layer_activations(shape, dials, device)
+    # Offloaded, three are here: the one in use, the next on its way back, the last on its way out.
+    inputs = 3 if dials.offloaded else dials.recomputed * shape.layers
+    kept = inputs * held * shape.hidden * item + (1 - dials.recomputed) * shape.layers * layer
+    dequantized = max(n * m for n, m in shape.linear) * item if weight == NF4_BYTES else 0
+    peak = (_cpu_peak if device.is_cpu else _gpu_peak)(
+        shape, tokens, rows, layer, dequantized, again=dials.recomputed > 0
+    )
     return {
         "libraries and driver": shares.held,
         "weights": shape.linear_params * weight / shards + shape.other_params * item,
-        "adapter and optimizer": shape.adapter_params * 16,
-        "activations": tokens * shape.layers * kept * held,
-        "head": 3 * rows * shape.hidden * item + tokens * shape.hidden * item,
-        "at the peak of a pass": max(logits, layer * held) + largest,
+        "adapter and optimizer": shape.adapter_params * adapter,
+        "activations": tokens * kept,
+        "at the peak of a pass": peak,
     }
+
+
+def _gpu_peak(
+    shape: ModelShape, tokens: int, rows: int, layer: float, dequantized: float, *, again: bool
+) -> float:
+    """What a pass holds beside what is kept, at the greatest of three moments: a tile of the head;
+    the MLP's last product, differentiated with its weight dequantised; the MLP's activation
+    function, whose three gradients are as wide as it is.
+
+    Args:
+        shape: the model.
+        tokens, rows: of the micro-batch; see `memory_parts`.
+        layer: what autograd keeps of a layer for a token.
+        dequantized: bytes of the largest weight, for as long as it is multiplied.
+        again: whether layers compute their activations again (their inputs are kept in any case).
+    """
+    hidden, widest = (n * shape.item_bytes for n in (shape.hidden, shape.widest))
+    head = 2 * (tokens + rows) * hidden + _tile(shape, rows)
+    remade = layer - hidden if again else 0.0
+    product = tokens * (remade + widest + hidden) + dequantized
+    return max(head, product, tokens * (remade + 2 * widest + hidden))
+
+
+def _cpu_peak(
+    shape: ModelShape, tokens: int, rows: int, layer: float, dequantized: float, *, again: bool
+) -> float:
+    """The same on a CPU, whose layers are not fused: as it fitted what was measured."""
+    head = (3 * rows + tokens) * shape.hidden * shape.item_bytes
+    gradients = tokens * layer * (1.0 if again else 0.5)
+    return head + max(_tile(shape, rows), gradients) + dequantized
+
+
+def _tile(shape: ModelShape, rows: int) -> float:
+    """Bytes of a tile of logits, in the arithmetic's type and in float32."""
+    return min(rows, TILE_ROWS) * shape.vocabulary * (4 + shape.item_bytes)
+
+
+def layer_activations(shape: ModelShape, dials: Dials, device: Device) -> float:
+    """Bytes that autograd keeps of a layer for one token."""
+    if device.is_cpu:
+        return shape.activation_bytes
+    # Without FlashAttention keys and values are kept for every head, once for each response.
+    return shape.fused_bytes + (
+        2 * shape.width * shape.item_bytes if dials.layout == "by pair" else 0
+    )
 
 
 def _seconds(
@@ -339,14 +413,20 @@ def _seconds(
     rate, bandwidth = device.flops * shares.flops, device.bandwidth * shares.bandwidth
     pairs = min(work.batch_size, len(work.lengths))
     mean = work.lengths.mean(axis=0)
-    padding = np.mean(work.sizes()) / mean.sum()
+    padding = np.mean(work.sizes(dials.layout)) / mean.sum()
     flops = float(np.mean(shape.flops(*_columns(work.lengths), dials.recomputed)))
-    moved = mean.sum() * shape.layers * shape.activation_bytes
+    moved = mean.sum() * shape.layers * layer_activations(shape, dials, device)
     moved *= shares.passes_over_activations * (1 + dials.recomputed / 3)
     once = 0.0 if dials.dequantized else shape.linear_params * (NF4_BYTES + shape.item_bytes)
     step = pairs * padding * (flops / rate + moved / bandwidth)
-    each_pass = once / bandwidth + shape.layers * shares.layer_seconds
-    step += passes * (2 + dials.recomputed) * each_pass
+    through_layers = passes * (2 + dials.recomputed)
+    step += through_layers * once / bandwidth
+    starting = through_layers * shape.layers * shares.layer_seconds
+    if dials.layout == "by pair":
+        starting *= 1 + _BY_PAIR * pairs / passes
+    step = step + starting if device.is_cpu else max(step, starting)
+    if dials.offloaded:
+        step *= _OFFLOADED
     forward = np.sum(shape.forward_flops(*_columns(work.heldout))) / rate
     forward += work.heldout.sum() * shape.layers * shape.activation_bytes * 2 / bandwidth
     return float(step), float(forward)
@@ -365,6 +445,7 @@ def advice(config: RunConfig, shape: ModelShape, work: Workload, device: Device)
                 "micro_batch_size": None,
                 "micro_batch_tokens": None,
                 "gradient_checkpointing": None,
+                "offload": "auto",
             }
         ),
         "model": config.model.model_copy(update={"dequantized_cache": "auto"}),
@@ -386,6 +467,7 @@ def _as_settings(dials: Dials) -> dict[str, Any]:
         "training.micro_batch_tokens": dials.limits.tokens,
         "training.micro_batch_size": dials.limits.pairs,
         "training.gradient_checkpointing": dials.recomputed,
+        "training.offload": "always" if dials.offloaded else "auto",
         "model.dequantized_cache": "auto" if dials.dequantized else "never",
     }
 

@@ -29,6 +29,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from gapo_lite.attention import placeholder_mask
 from gapo_lite.config import LoraConfig as LoraSettings
 from gapo_lite.errors import ModelError
+from gapo_lite.fused import fuse_layers
 
 _COUNTED = "gapo_counted"
 _PROBE_TOKENS = 64
@@ -50,7 +51,9 @@ class ModelShape:
         rank: of the adapter.
         other_params: all parameters that are not in `linear`, of all layers: embedding, norms, and
             the head where it is not the embedding.
+        head_size: of attention.
         activation_bytes: what autograd keeps of a layer for one token.
+        fused_bytes: the same of a layer with fused passes (fused.py), as on a GPU.
         item_bytes: of a number of the arithmetic.
     """
 
@@ -62,8 +65,15 @@ class ModelShape:
     adapted: tuple[tuple[int, int], ...]
     rank: int
     other_params: int
+    head_size: int
     activation_bytes: float
+    fused_bytes: float
     item_bytes: int
+
+    @property
+    def widest(self) -> int:
+        """The most features that go into or come out of a linear layer."""
+        return max(max(n, m) for n, m in self.linear)
 
     @property
     def linear_params(self) -> int:
@@ -119,7 +129,11 @@ def shape_of(config: PretrainedConfig, lora: LoraSettings, dtype: torch.dtype) -
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers' of its own renames
             one, two = (_laid_out(config, lora, dtype, layers) for layers in (1, 2))
-            activations = [_kept_bytes(policy) / _PROBE_TOKENS for policy in (one, two)]
+            plain = [_kept_bytes(policy) / _PROBE_TOKENS for policy in (one, two)]
+            linear = _linear_of_a_layer(one, two)
+            for policy in (one, two):
+                fuse_layers(policy)
+            fused = [_kept_bytes(policy) / _PROBE_TOKENS for policy in (one, two)]
     except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise ModelError(
             f"what {config.name_or_path or config.model_type} costs cannot be counted: "
@@ -127,20 +141,22 @@ def shape_of(config: PretrainedConfig, lora: LoraSettings, dtype: torch.dtype) -
         ) from None
     settings = config.get_text_config()
     causal_lm: Any = one.get_base_model()
-    linear = _linear_of_a_layer(one, two)
     layers = settings.num_hidden_layers
     own, more = (_other_params(policy) for policy in (one, two))
     heads = settings.num_attention_heads
+    head_size = getattr(settings, "head_dim", None) or settings.hidden_size // heads
     return ModelShape(
         layers=layers,
         hidden=settings.hidden_size,
         vocabulary=causal_lm.get_output_embeddings().weight.shape[0],
-        width=heads * (getattr(settings, "head_dim", None) or settings.hidden_size // heads),
+        width=heads * head_size,
         linear=tuple(size for size, _ in linear),
         adapted=tuple(size for size, has_adapter in linear if has_adapter),
         rank=lora.rank,
         other_params=own + (layers - 1) * (more - own),
-        activation_bytes=activations[1] - activations[0],
+        head_size=head_size,
+        activation_bytes=plain[1] - plain[0],
+        fused_bytes=fused[1] - fused[0],
         item_bytes=ITEM_BYTES[dtype],
     )
 

@@ -14,7 +14,7 @@ def naive(rows, weight, target_ids):
 
 @pytest.mark.parametrize("tile", [1, 3, 7, 100])
 def test_tiles_equal_the_full_logits_in_value_and_gradient(tile, monkeypatch):
-    monkeypatch.setitem(logps.TILE_ROWS, "cpu", tile)
+    monkeypatch.setattr(logps, "TILE_ROWS", tile)
     gen = torch.Generator().manual_seed(0)
     rows, weight = torch.randn(7, 16, generator=gen), torch.randn(50, 16, generator=gen)
     targets = torch.randint(0, 50, (7,), generator=gen)
@@ -52,7 +52,7 @@ def test_the_head_gets_no_gradient_and_none_is_prepared_without_grad():
 
 
 def test_the_full_logits_never_exist(monkeypatch):
-    monkeypatch.setitem(logps.TILE_ROWS, "cpu", 8)
+    monkeypatch.setattr(logps, "TILE_ROWS", 8)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

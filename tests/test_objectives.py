@@ -648,7 +648,7 @@ def batch_of(pairs, layout):
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_certainties_equal_those_of_the_full_logits(policy, tokenized, layout, monkeypatch):
-    monkeypatch.setitem(logps_module.TILE_ROWS, "cpu", 5)
+    monkeypatch.setattr(logps_module, "TILE_ROWS", 5)
     naive = {"chosen": [], "rejected": []}
     with torch.no_grad():
         ours = forward_logps(policy, batch_of(tokenized, layout), certainty=True)
@@ -668,7 +668,7 @@ def test_certainties_equal_those_of_the_full_logits(policy, tokenized, layout, m
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_certainties_change_neither_logps_nor_gradients(policy, tokenized, layout, monkeypatch):
-    monkeypatch.setitem(logps_module.TILE_ROWS, "cpu", 5)
+    monkeypatch.setattr(logps_module, "TILE_ROWS", 5)
     results = []
     for certainty in (True, False):
         batch = replace(batch_of(tokenized, layout), reference=torch.arange(6.0))
