@@ -135,8 +135,6 @@ def _check(capability, query, key, value, cu_q, cu_k, max_q, max_k) -> None:
         check(tensor.is_cuda, "all inputs must be on CUDA")
     for tensor in (query, key, value):
         check(tensor.stride(-1) == 1, "Input tensor must have contiguous last dimension")
-        aligned = tensor.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in tensor.stride()[:-1])
-        check(aligned, "misaligned address")
     for tensor in (cu_q, cu_k):
         is_good = tensor.dtype == torch.int32 and tensor.is_contiguous()
         check(is_good, "cu_seqlens must be contiguous int32")
@@ -145,6 +143,9 @@ def _check(capability, query, key, value, cu_q, cu_k, max_q, max_k) -> None:
     check(head_size % 8 == 0, "head_size must be a multiple of 8, this is ensured by padding!")
     check(heads % key.shape[1] == 0, "Number of heads in key/value must divide those in query")
     # From here on what the kernel does not check:
+    for tensor in (query, key, value):
+        aligned = tensor.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in tensor.stride()[:-1])
+        check(aligned, "misaligned address")
     check(type(max_q) is int and type(max_k) is int, "max_q and max_k must be int")
     fits = int(cu_q.diff().max()) <= max_q and int(cu_k.diff().max()) <= max_k
     check(fits, "a sequence is longer than max_q or max_k")
