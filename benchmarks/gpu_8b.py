@@ -13,14 +13,14 @@ It needs no network, no weights and no tokenizer: see gpu_model.py. The parts:
             `GapoTrainer` (objective `simpo`, packed) take turns, at 2, 4 and 8 pairs a step, over
             the same pairs in the same order; they get them tokenised
     levers  `GapoTrainer` without any lever (padded, 2 pairs a forward pass, every layer recomputed,
-            4-bit weights), with each lever alone, and with all of them; beside each what
-            `gapo-lite plan` predicts for this card
+            4-bit weights, PEFT's and transformers' own layers), with each lever alone, and with
+            all of them; beside each what `gapo-lite plan` predicts for this card
     caps    within the memory of smaller cards, by a cap on the process: the largest token budget
 
 Each turn is a process of its own with its own model; in "trl" a turn has one contender, so that
 nothing of another's is in its peak. In "quick" ours and TRL share a process, which spares building
 the model again: between two cases the adapter starts anew, what the case before held is given back,
-and the peak is counted from there.
+and the peak is counted from there. TRL comes first, since a model's layers are fused for good.
 
 The file is replaced after every case, so that a kill at any moment leaves what was measured; a part
 is "complete" once none of its cases was left out. A case that runs out of memory is recorded, and
@@ -83,6 +83,7 @@ from gapo_lite.config import ObjectiveConfig, RunConfig, parse_config
 from gapo_lite.disk import replace_text
 from gapo_lite.errors import ModelError, RunError
 from gapo_lite.forecast import matrix_rate, this_device
+from gapo_lite.fused import fuse_layers
 from gapo_lite.memory import GIB, is_out_of_memory, peak_resident_bytes
 from gapo_lite.model import (
     add_adapter,
@@ -116,7 +117,8 @@ class Case:
         at_once: pairs a forward pass, at most.
         tokens: of a forward pass, at most.
         tile_rows: of the head; None for the usual ones.
-        prepared: levers that change the model for good: "dequantized", "liger".
+        offloaded: whether the inputs of recomputed layers wait in the host's memory.
+        prepared: levers that change the model for good: of LEVERS.
         round: of turns.
     """
 
@@ -128,6 +130,7 @@ class Case:
     at_once: int | None = None
     tokens: int | None = None
     tile_rows: int | None = None
+    offloaded: bool = False
     prepared: tuple[str, ...] = ()
     round: int = 1
 
@@ -249,15 +252,13 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def quick_turns(options: argparse.Namespace) -> Iterator[Turn]:
     """The most telling first. All at 8 pairs a step, so that levers and TRL can be compared."""
-    beside_trl = [
-        Case(contender, pairs, 1.0, packed=contender == OURS)
-        for pairs in (8, 2)
-        for contender in (OURS, TRL)
-    ]
-    alone, dequantized, liger, everything = levers(8)
-    yield Turn("quick", (*beside_trl, dequantized, everything))
-    yield Turn("quick", alone)
-    yield Turn("quick", (liger,))
+    beside_ours = tuple(
+        beside(contender, pairs, 1.0) for contender in (TRL, OURS) for pairs in (8, 2)
+    )
+    plain, fused, liger = levers(8)
+    yield Turn("quick", (*beside_ours, *fused))
+    yield Turn("quick", plain)
+    yield Turn("quick", liger)
     yield cap_turn("quick", 12.0, 16, QUICK_BUDGETS)
 
 
@@ -267,43 +268,49 @@ def trl_turns(options: argparse.Namespace) -> Iterator[Turn]:
         for contender in options.contenders:
             both = [
                 tuple(
-                    Case(contender, pairs, float(checkpointing == "on"), round=number,
-                         packed=contender == OURS)
+                    replace(beside(contender, pairs, float(checkpointing == "on")), round=number)
                     for pairs in options.micro_batch
                 )
                 for checkpointing in options.checkpointing
-            ]  # fmt: skip
+            ]
             if contender == UNSLOTH:  # is told of recomputation when it loads the model
                 yield from (Turn("trl", cases) for cases in both)
             else:
                 yield Turn("trl", sum(both, ()))
 
 
+def beside(contender: str, pairs: int, recomputed: float) -> Case:
+    """Of one beside the others: ours as a run has it."""
+    if contender == OURS:
+        return Case(OURS, pairs, recomputed, prepared=("fused",))
+    return Case(contender, pairs, recomputed, packed=False)
+
+
 def lever_turns(options: argparse.Namespace) -> Iterator[Turn]:
     """No lever, each alone, and all."""
-    alone, dequantized, liger, everything = levers(options.batch)
-    yield Turn("levers", (*alone, dequantized, everything))
-    yield Turn("levers", (liger,))
+    for cases in levers(options.batch):
+        yield Turn("levers", cases)
 
 
-def levers(pairs: int) -> tuple[tuple[Case, ...], Case, Case, Case]:
-    """(None and each that leaves the model alone, dequantised weights, Liger's kernels, all)."""
+def levers(pairs: int) -> tuple[tuple[Case, ...], ...]:
+    """The cases of three models: what changes none, and dequantised weights at last; fused layers,
+    and all levers; Liger's kernels."""
     none = Case(OURS, pairs, 1.0, "none", packed=False, at_once=2)
-    alone = (
+    plain = (
         none,
         replace(none, lever="packed", packed=True),
         replace(none, lever=f"{BUDGET:,} tokens a pass", at_once=None, tokens=BUDGET),
         replace(none, lever="half recomputed", recomputed=0.5),
         replace(none, lever="nothing recomputed", recomputed=0.0),
         replace(none, lever="tiles of 4,096 rows", tile_rows=4096),
+        replace(none, lever="offloaded", offloaded=True),
+        replace(none, lever="dequantised", prepared=("dequantized",)),
     )
-    dequantized = replace(none, lever="dequantised", prepared=("dequantized",))
+    fused = replace(none, lever="fused layers", prepared=("fused",))
     liger = replace(none, lever="Liger's kernels", prepared=("liger",))
-    prepared = ("dequantized", "liger") if find_spec("liger_kernel") else ("dequantized",)
-    everything = Case(
-        OURS, pairs, 0.0, "all of them", tokens=BUDGET, tile_rows=4096, prepared=prepared
-    )
-    return alone, dequantized, liger, everything
+    prepared = ("fused", "dequantized", *(["liger"] if find_spec("liger_kernel") else []))
+    everything = Case(OURS, pairs, 0.0, "all that is faster", tokens=BUDGET, prepared=prepared)
+    return plain, (fused, everything), (liger,)
 
 
 def cap_turns(options: argparse.Namespace) -> Iterator[Turn]:
@@ -314,7 +321,8 @@ def cap_turns(options: argparse.Namespace) -> Iterator[Turn]:
 
 def cap_turn(part: str, gib: float, pairs: int, budgets: Sequence[int]) -> Turn:
     """Growing budgets on one card."""
-    cases = (Case(OURS, pairs, 1.0, f"{budget:,} tokens", tokens=budget) for budget in budgets)
+    ours = beside(OURS, pairs, 1.0)
+    cases = (replace(ours, lever=f"{budget:,} tokens", tokens=budget) for budget in budgets)
     return Turn(part, tuple(cases), gib)
 
 
@@ -507,7 +515,8 @@ def measure(case: Case, bench: Bench) -> dict[str, Any]:
     Raises:
         ModelError: a lever does not fit this machine.
     """
-    tiles = dict(logps.TILE_ROWS)
+    usual_tiles = logps.TILE_ROWS
+    logps.TILE_ROWS = case.tile_rows or usual_tiles
     try:
         _prepare(case, bench)
         return {**asdict(case), "model_gib": _held_bytes() / GIB, **_train(case, bench)}
@@ -516,7 +525,7 @@ def measure(case: Case, bench: Bench) -> dict[str, Any]:
             raise  # the trainer says the latter where a single pair is too much
         return {**asdict(case), "out_of_memory": " ".join(str(error).split())[:300]}
     finally:
-        logps.TILE_ROWS.update(tiles)
+        logps.TILE_ROWS = usual_tiles
         # accelerate's wrappers would pile up, and not be put where it believes them to be
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             bench.policy.__dict__.pop(name, None)
@@ -526,13 +535,12 @@ def _prepare(case: Case, bench: Bench) -> None:
     """The same adapter for every case, nothing left of the case before, peaks from here on."""
     for lever in case.prepared:
         if lever not in bench.prepared:
-            _pull(lever, bench.policy)
+            LEVERS[lever](bench.policy)
             bench.prepared.add(lever)
     if case.contender != UNSLOTH:
         causal_model(bench.policy).set_attn_implementation(SHARED_PREFIX if case.packed else "sdpa")
-        set_recomputation(bench.policy, case.recomputed)
-    if case.tile_rows:
-        logps.TILE_ROWS[pick_device().type] = case.tile_rows
+        offload = case.offloaded and torch.cuda.is_available()
+        set_recomputation(bench.policy, case.recomputed, offload=offload)
     bench.policy.zero_grad(set_to_none=True)
     with torch.no_grad():
         for name, parameter in bench.policy.named_parameters():
@@ -546,14 +554,13 @@ def _prepare(case: Case, bench: Bench) -> None:
         common.reset_peak()
 
 
-def _pull(lever: str, policy: PeftModel) -> None:
-    """Changes the model for good."""
-    if lever == "dequantized":
-        dequantize_base(policy)
-    else:
-        from gapo_lite.liger_backend import put_kernels_into
+def _put_liger_into(policy: PeftModel) -> None:
+    from gapo_lite.liger_backend import put_kernels_into
 
-        put_kernels_into(causal_model(policy), "this model")
+    put_kernels_into(causal_model(policy), "this model")
+
+
+LEVERS = {"fused": fuse_layers, "dequantized": dequantize_base, "liger": _put_liger_into}
 
 
 def _pairs(case: Case, bench: Bench) -> list[TokenizedPair]:
@@ -653,7 +660,7 @@ def predicted(case: Case, bench: Bench, turn: Turn) -> dict[str, float]:
     """What `gapo-lite plan` says of this case: pairs a second, and the peak of PyTorch's
     allocator, so without the driver's share.
 
-    The plan does not know of Liger's kernels or of the head's tiles.
+    The plan takes fused layers and the usual tiles for granted, and does not know Liger's kernels.
     """
     model = {"dequantized_cache": "always" if "dequantized" in case.prepared else "never"}
     training = {
@@ -661,6 +668,7 @@ def predicted(case: Case, bench: Bench, turn: Turn) -> dict[str, float]:
         "micro_batch_size": case.at_once,
         "micro_batch_tokens": case.tokens,
         "gradient_checkpointing": case.recomputed,
+        "offload": "always" if case.offloaded else "never",
     }
     settings = {"model": model, "training": training, "lora": {"rank": RANK}}
     if case.limits == MicroBatchLimits():

@@ -64,8 +64,8 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours without levers divided by each other contender's, round by round, over the steps that
-    both took."""
+    """Ours divided by each other contender's, round by round, over the steps that both took; levers
+    and cards are beside nobody."""
     ratios = []
     rows = _where(rows, lever="")
     others = [c for c in _distinct(rows, "contender") if c["contender"] != OURS]
@@ -152,7 +152,7 @@ COLUMNS: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
 HEADINGS = {
     "quick": "8 pairs a step unless it says otherwise; a card's budgets are of 16 pairs",
     "trl": "Beside the others: medians of the rounds",
-    "levers": "Each lever alone on none, and all of them; speed and peak as the plan predicts them",
+    "levers": "Each lever alone on none, and all that are faster; beside, what the plan predicts",
     "caps": "Within the memory of smaller cards: budgets up to the first that does not fit",
 }
 

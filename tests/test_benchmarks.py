@@ -185,7 +185,8 @@ def test_a_line_for_each_lever_with_what_was_predicted(gpu_8b, in_this_process, 
     rows = {row["lever"]: row for row in result["levers"]["measurements"]}
     assert list(rows) == [
         *("none", "packed", "8,192 tokens a pass", "half recomputed", "nothing recomputed"),
-        *("tiles of 4,096 rows", "dequantised", "all of them", "Liger's kernels"),
+        *("tiles of 4,096 rows", "offloaded", "dequantised", "fused layers"),
+        *("all that is faster", "Liger's kernels"),
     ]
     assert "GPU" in rows.pop("Liger's kernels")["failed"]
     none = rows["none"]
@@ -281,10 +282,10 @@ def forged_turn(gpu_8b, monkeypatch, tmp_path):
 def test_a_case_whose_process_dies_is_a_line_with_its_last_words_and_the_others_go_on(forged_turn):
     rows, processes = forged_turn(
         "if case['lever'] == 'packed': raise RuntimeError('no kernel\\nSet X to learn more')\n"
-        "    if case['lever'] == 'all of them': os.kill(os.getpid(), 9)"
+        "    if case['lever'] == 'dequantised': os.kill(os.getpid(), 9)"
     )
     failed = {row["lever"]: row["failed"] for row in rows if "failed" in row}
-    assert failed == {"packed": "RuntimeError: no kernel", "all of them": "killed by SIGKILL"}
+    assert failed == {"packed": "RuntimeError: no kernel", "dequantised": "killed by SIGKILL"}
     assert len(rows) == 8
     assert processes == 2
 
