@@ -36,13 +36,15 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 def fuse_layers(policy: PeftModel) -> int:
     """Gives the layers their fused forward passes, where they have one, and says how many have."""
     causal: Any = policy.get_base_model()
+    dtype = causal.get_input_embeddings().weight.dtype
     layers = [module for module in causal.modules() if _is_plain_lora(module)]
     if layers:
-        adapters = _RoundedAdapters(layers, causal.get_input_embeddings().weight.dtype)
+        adapters = _RoundedAdapters(layers, dtype)
         for layer, rounded in zip(layers, adapters.triples, strict=True):
             layer.forward = partial(_lora_forward, layer, layer.forward, rounded)
         causal.base_model.register_forward_pre_hook(adapters.round)
     norms = [m for m in causal.modules() if _is_written_as(m, LlamaRMSNorm)]
+    norms = [norm for norm in norms if norm.weight.dtype == dtype]  # some are kept in float32
     for norm in norms:
         norm.forward = partial(_norm_forward, norm)
     mlps = [m for m in causal.modules() if _is_written_as(m, LlamaMLP) and _is_silu(m.act_fn)]
@@ -181,7 +183,7 @@ def _weight(base: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _norm_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
-    return _RmsNorm.apply(x, module.weight, module.variance_epsilon)
+    return _RmsNorm.apply(x, module.weight.to(x.dtype), module.variance_epsilon)
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -56,14 +56,16 @@ def _load() -> ctypes.CDLL:
         library.parent.mkdir(exist_ok=True)
         handle, made = tempfile.mkstemp(suffix=".so", dir=library.parent)
         os.close(handle)
-        subprocess.run(
+        compiled = subprocess.run(
             [
                 *("g++", "-O1", "-std=c++20", "-shared", "-fPIC", f"-I{home}/include"),
                 *(f"-I{home}/include/torch/csrc/api/include", str(_SOURCE), "-o", made),
                 *(f"-L{home}/lib", f"-Wl,-rpath,{home}/lib", "-lc10", "-ltorch_cpu"),
             ],
-            check=True,
         )
+        if compiled.returncode:
+            Path(made).unlink()
+            compiled.check_returncode()
         Path(made).rename(library)  # others may compile it at the same time
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
