@@ -27,6 +27,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gapo_lite.model import _keep_trainable_layout
+from gapo_lite.published import draw_lengths
 from gapo_lite.shape import causal
 from gapo_lite.types import TokenizedPair
 
@@ -163,26 +164,18 @@ def _random(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> torc
 def synthetic_pairs(scale: Scale, number: int, seed: int) -> list[TokenizedPair]:
     """Random tokens with lengths like UltraFeedback's.
 
-    Lengths are log-normal around the scale's means. Chosen and rejected of a pair resemble each
-    other in length (correlation 0.8 of the logarithms, both written by one model), which spares
-    TRL padding.
+    They are `published.draw_lengths` around the scale's means, cut to its longest; that chosen and
+    rejected resemble each other in length spares TRL padding.
     """
     draw = np.random.default_rng(seed)
-    shared, own = draw.standard_normal((number, 1)), draw.standard_normal((number, 2))
-    prompts = _lengths(draw.standard_normal(number), scale.prompt_tokens, 0.8)
-    responses = _lengths(0.8**0.5 * shared + 0.2**0.5 * own, scale.response_tokens, 0.6)
-    prompts = np.minimum(prompts, scale.max_length // 2)
-    responses = np.minimum(responses, scale.max_length - prompts[:, None])
+    lengths = draw_lengths(draw, number, scale.prompt_tokens, scale.response_tokens)
+    prompts = np.minimum(lengths[:, :1], scale.max_length // 2)
+    responses = np.minimum(lengths[:, 1:], scale.max_length - prompts)
     tokens = scale.shape["vocab_size"]
     return [
-        TokenizedPair(*(draw.integers(0, tokens, n).astype(np.int32) for n in lengths), GAMMA)
-        for lengths in np.column_stack((prompts, responses)).tolist()
+        TokenizedPair(*(draw.integers(0, tokens, n).astype(np.int32) for n in row), GAMMA)
+        for row in np.hstack((prompts, responses)).tolist()
     ]
-
-
-def _lengths(normal: np.ndarray, mean: int, spread: float) -> np.ndarray:
-    """Log-normal whole numbers from standard normal ones, at least 1."""
-    return np.maximum(np.rint(mean * np.exp(spread * normal - spread**2 / 2)), 1).astype(int)
 
 
 # -- what is counted --
