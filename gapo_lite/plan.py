@@ -399,10 +399,9 @@ def layer_activations(shape: ModelShape, dials: Dials, device: Device) -> float:
     """Bytes that autograd keeps of a layer for one token."""
     if device.is_cpu:
         return shape.activation_bytes
-    # Without FlashAttention keys and values are kept for every head, once for each response.
-    return shape.fused_bytes + (
-        2 * shape.width * shape.item_bytes if dials.layout == "by pair" else 0
-    )
+    # Without FlashAttention keys and values are kept for every head, by pair once a response, too.
+    more = {"packed": 0, "padded": 2, "by pair": 3}[dials.layout]
+    return shape.fused_bytes + more * shape.width * shape.item_bytes
 
 
 def _seconds(
