@@ -12,6 +12,7 @@ from forging import numbers, run_of, settings_with
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gapo_lite import training
+from gapo_lite.doctor import examine
 from gapo_lite.errors import RunError
 from gapo_lite.model import load_base, pick_device, pick_precision, why_not_packed
 
@@ -150,6 +151,20 @@ def test_without_flash_attention_rows_are_padded_or_packed_pair_by_pair_and_the_
     assert "FlashAttention only supports Ampere GPUs or newer" in log_of(by_itself)
     assert "attention pair by pair (no FlashAttention)" in log_of(packed)
     assert losses(packed) == pytest.approx(losses(by_itself), rel=1e-3)
+
+
+@pytest.mark.usefixtures("t4")
+def test_doctor_says_what_such_a_card_lacks(tmp_path):
+    found = {check.name: (check.mark, check.text) for check in examine(tmp_path)}
+    assert found["GPU"][0] == "ok"
+    assert "Tesla T4, 15.0 GiB" in found["GPU"][1]
+    assert "no bfloat16: float16 is used" in found["GPU"][1]
+    assert found["4-bit layer"] == ("ok", "forward and backward on cuda:0 in float16")
+    assert found["attention"][0] == "warn"
+    assert (
+        "FlashAttention does not run here (FlashAttention only supports Ampere GPUs"
+        in (found["attention"][1])
+    )
 
 
 @pytest.mark.parametrize(

@@ -94,11 +94,16 @@ class Card:
     major, minor = map(int, os.environ.get("HOSTCUDA_CAPABILITY", "8.9").split("."))
     held = int(float(os.environ.get("HOSTCUDA_HELD_GIB", "0")) * GIB)
     multi_processor_count = 128
-    uuid = f"hostcuda-{os.environ.get('PYTEST_XDIST_WORKER', '')}"  # a card for each test process
 
 
 def _capability(device=None) -> tuple[int, int]:
     return Card.major, Card.minor
+
+
+def _properties(device=None) -> type[Card]:
+    # A card for each test process, which learns its name after this module is there.
+    Card.uuid = f"hostcuda-{os.environ.get('PYTEST_XDIST_WORKER', '')}"
+    return Card
 
 
 def limit(num_bytes: int) -> None:
@@ -171,7 +176,7 @@ for _name, _value in {
     ),
     "get_device_capability": _capability,
     "get_device_name": lambda device=None: Card.name,
-    "get_device_properties": lambda device=None: Card,
+    "get_device_properties": _properties,
     "mem_get_info": lambda device=None: (Card.total_memory - Card.held - live(), Card.total_memory),
     "memory_allocated": lambda device=None: live(),
     "memory_reserved": lambda device=None: live(),
