@@ -13,6 +13,7 @@ from liger_parity import measure
 from gapo_lite import attention
 from gapo_lite.batching import pack, pad
 from gapo_lite.config import ObjectiveConfig
+from gapo_lite.ef.semantic import bert_scores
 from gapo_lite.errors import RunError
 from gapo_lite.loss import PairLoss
 from gapo_lite.model import (
@@ -130,6 +131,15 @@ def test_liger_s_kernels_equal_the_plain_layers(small_model):
         assert found["gradients"] < (1e-4 if is_float32 else 5e-2), case
         assert found["cosine"] < (1e-7 if is_float32 else 1e-3), case
         assert found["plain is left alone"], case
+
+
+def test_bertscores_on_a_gpu_are_the_cpu_s():
+    left, right = (["the cat sat", "rain falls down today", ""], ["a cat sat down", "sun", "x"])
+    on_gpu, on_cpu = (
+        bert_scores(left, right, model="embedded:all-minilm-l6-v2", device=device)
+        for device in ("cuda", "cpu")
+    )
+    np.testing.assert_allclose(on_gpu, on_cpu, rtol=0, atol=1e-5)
 
 
 def test_a_second_training_on_the_same_gpu_is_refused(small_settings, tmp_path):
