@@ -10,10 +10,13 @@ import gc
 import numpy as np
 import pytest
 import torch
-from forging import randomize_adapter, run_of
+import yaml
+from forging import randomize_adapter, run_of, settings_with
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 from gapo_lite.batching import pack
+from gapo_lite.cli import app
 from gapo_lite.config import parse_config
 from gapo_lite.forecast import forecast
 from gapo_lite.fused import fuse_layers
@@ -25,6 +28,7 @@ from gapo_lite.model import (
     set_recomputation,
     why_not_packed,
 )
+from gapo_lite.runs import Run
 from gapo_lite.types import TokenizedPair
 
 LAYERS = 8
@@ -138,3 +142,24 @@ def test_a_run_warns_where_other_programs_hold_the_memory_that_it_plans_with_and
 def test_a_run_that_has_the_card_for_itself_warns_of_nothing(small_settings, tmp_path):
     run = run_of(small_settings, tmp_path, "training.max_steps=1")
     assert "WARNING" not in (run.path / "train.log").read_text(encoding="utf-8")
+
+
+def test_a_sweep_gives_each_run_s_memory_back_before_the_next_and_at_its_end(
+    small_settings, tmp_path, emulation
+):
+    file = tmp_path / "sweep.yaml"
+    base = settings_with(small_settings, training={"max_steps": 1, "logging_steps": 1})
+    variants = [{"name": "a", "settings": {}}, {"name": "b", "settings": {"margin.gamma": 0.1}}]
+    sweep = {"base": base, "variants": variants, "seeds": [1], "answers": None}
+    file.write_text(yaml.safe_dump(sweep))
+    gc.collect()
+    before = emulation.live()
+    done = CliRunner().invoke(app, ["sweep", str(file), "--runs-dir", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "2 of 2 runs finished" in done.output
+    assert emulation.live() - before < 2**16  # libraries keep tables of a few numbers
+    peaks = [
+        max(row.get("memory_gib", 0) for row in Run(tmp_path / f"sweep-{name}-s1").metrics())
+        for name in ("a", "b")
+    ]
+    assert peaks[0] == pytest.approx(peaks[1], abs=1e-3)
