@@ -52,7 +52,7 @@ from gapo_lite import model, training
 from gapo_lite.attention import why_not_flash
 from gapo_lite.batching import MicroBatchLimits
 from gapo_lite.config import ObjectiveConfig, parse_config
-from gapo_lite.devices import GPUS, Device, device_named
+from gapo_lite.devices import GPUS, VISIBLE, Device, device_named
 from gapo_lite.plan import SHARES, Dials, Plan, Workload, best_plan, memory_parts, sizes_of
 from gapo_lite.shape import NF4_BYTES, ModelShape, shape_of
 from gapo_lite.types import TokenizedPair
@@ -194,7 +194,7 @@ def smallest_cards(pairs: int) -> dict[str, int]:
         step = extrapolated(
             contenders(1.0)[name], [pair_of((180, 422, 422))] * pairs, accumulated=True
         )
-        needed = (step.peak_bytes + share.held) / share.memory / GIB
+        needed = (step.peak_bytes + share.held) / share.memory / VISIBLE / GIB
         found[name] = next(size for size in SIZES if size >= needed)
     return found
 

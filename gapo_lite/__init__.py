@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import platform
 from typing import Any
 
 __version__ = "0.1.0"
@@ -17,8 +18,9 @@ __version__ = "0.1.0"
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Before torch is imported: with passes of many lengths its allocator of GPU memory reserves 2 %
-# more than is used instead of 8 %. A person's own setting wins, under either of its names.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+# more than is used instead of 8 %. A person's own setting wins, under either of its names. Not
+# under WSL2, where drivers before R615 fail with the first allocation (pytorch#192330).
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and "microsoft" not in platform.release().lower():
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 _PUBLIC = {

@@ -396,6 +396,16 @@ class TrainingConfig(Section):
             return {**given, "gradient_checkpointing": float(given["gradient_checkpointing"])}
         return given
 
+    @field_validator("offload")
+    @classmethod
+    def _something_to_offload(cls, given: str, info: ValidationInfo) -> str:
+        if given == "always" and info.data.get("gradient_checkpointing") == 0:
+            raise ValueError(
+                "always needs layers that compute their activations again: set "
+                "training.gradient_checkpointing above 0, or offload to auto"
+            )
+        return given
+
 
 class RunConfig(Section):
     """Everything that decides a run."""

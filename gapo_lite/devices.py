@@ -47,8 +47,13 @@ class Device:
         return self.capability >= (8, 0)
 
 
+VISIBLE = 0.98
+"""What PyTorch is told of the memory that a card is sold with: 23.6 of 24 GiB, 7.8 of 8."""
+
+
 def _gpu(name: str, gib: float, tflops: float, gbps: float, capability: tuple[int, int]) -> Device:
-    return Device(name, gib * GIB, tflops * 1e12, gbps * 1e9, capability=capability)
+    memory = gib * VISIBLE * GIB
+    return Device(name, memory, tflops * 1e12, gbps * 1e9, capability=capability)
 
 
 # fmt: off
@@ -87,10 +92,7 @@ GPUS = {
     "a6000": _gpu("RTX A6000 48 GB", 48, 155, 768, (8, 6)),
     "6000ada": _gpu("RTX 6000 Ada 48 GB", 48, 364, 960, (8, 9)),
     "pro6000": _gpu("RTX PRO 6000 96 GB", 95.6, 504, 1792, (12, 0)),
-    "p100": _gpu("P100 16 GB", 16, 9.3, 732, (6, 0)),  # no tensor cores: float32's rate
     "t4": _gpu("T4 16 GB", 15, 65, 320, (7, 5)),
-    "v100": _gpu("V100 16 GB", 16, 125, 900, (7, 0)),
-    "v100-32": _gpu("V100 32 GB", 32, 125, 900, (7, 0)),
     "a10": _gpu("A10 24 GB", 22.5, 125, 600, (8, 6)),
     "a10g": _gpu("A10G 24 GB", 22.5, 70, 600, (8, 6)),
     "a40": _gpu("A40 48 GB", 45, 150, 696, (8, 6)),
@@ -107,7 +109,8 @@ GPUS = {
 # fmt: on
 """Cards by the name that `--gpu` takes: memory in GiB, TFLOP/s, GB/s, compute capability.
 
-From NVIDIA's data sheets and architecture papers. The rate is that of half precision without
+From NVIDIA's data sheets and architecture papers; none before Turing, which builds of PyTorch for
+CUDA 13 leave out. The rate is that of half precision without
 sparsity and with float32 sums, which GeForce cards have at half of what they do with float16 sums.
 Where error correction takes a sixteenth of the memory (T4, A10, A10G, A40, L4, L40S), it is what is
 left: what nvidia-smi reports."""
@@ -159,7 +162,7 @@ def _of_size(size: str) -> Device | None:
     gib = float(found[1])
     assumed = f"{UNKNOWN_FLOPS / 1e12:.0f} TFLOP/s and {UNKNOWN_BANDWIDTH / 1e9:.0f} GB/s"
     name = f"a {gib:g} GB card (speed unknown: assumed {assumed})"
-    return Device(name, gib * GIB, UNKNOWN_FLOPS, UNKNOWN_BANDWIDTH)
+    return Device(name, gib * VISIBLE * GIB, UNKNOWN_FLOPS, UNKNOWN_BANDWIDTH)
 
 
 def _spelling(name: str) -> str:

@@ -164,7 +164,7 @@ def _attention() -> Check:
     if refusal := why_not_flash(device, dtype, 128):
         text = f"FlashAttention does not run here ({refusal}): slower layouts are used"
         return Check("warn", "attention", text)
-    return Check("ok", "attention", "FlashAttention, forward and backward over packed pairs")
+    return Check("ok", "attention", "FlashAttention, forward and backward, tried with heads of 128")
 
 
 def _relative_error(found: Any, expected: Any) -> float:

@@ -162,7 +162,9 @@ def _taken_by_others(plan: Plan) -> str:
     if not torch.cuda.is_available():
         return ""
     free, total = torch.cuda.mem_get_info(pick_device())
-    if plan.peak <= free:
+    free += torch.cuda.memory_reserved()  # this process's own, of a run before
+    # What libraries and driver take is taken by now, and not in `free`.
+    if plan.peak - plan.parts["libraries and driver"] <= free:
         return ""
     return (
         f"Only {free / GIB:.1f} of this GPU's {total / GIB:.1f} GiB is free, and about "
@@ -361,5 +363,5 @@ def _dial_settings(config: RunConfig) -> tuple[Any, ...]:
     training = config.training
     return (
         *(training.micro_batch_size, training.micro_batch_tokens, training.gradient_checkpointing),
-        *(training.layout, training.batch_size, config.data.max_length),
+        *(training.layout, training.offload, training.batch_size, config.data.max_length),
     )

@@ -18,6 +18,7 @@ bitsandbytes has kernels of its own for a few rows.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -41,15 +42,15 @@ def fuse_layers(policy: PeftModel) -> int:
     if layers:
         adapters = _RoundedAdapters(layers, dtype)
         for layer, rounded in zip(layers, adapters.triples, strict=True):
-            layer.forward = partial(_lora_forward, layer, layer.forward, rounded)
+            layer.forward = partial(_lora_forward, weakref.ref(layer), rounded)
         causal.base_model.register_forward_pre_hook(adapters.round)
     norms = [m for m in causal.modules() if _is_written_as(m, LlamaRMSNorm)]
     norms = [norm for norm in norms if norm.weight.dtype == dtype]  # some are kept in float32
     for norm in norms:
-        norm.forward = partial(_norm_forward, norm)
+        norm.forward = partial(_norm_forward, weakref.ref(norm))
     mlps = [m for m in causal.modules() if _is_written_as(m, LlamaMLP) and _is_silu(m.act_fn)]
     for mlp in mlps:
-        mlp.forward = partial(_mlp_forward, mlp)
+        mlp.forward = partial(_mlp_forward, weakref.ref(mlp))
     return len(layers) + len(norms) + len(mlps)
 
 
@@ -74,7 +75,7 @@ def _is_silu(function: nn.Module) -> bool:
 
 
 def _is_plain_lora(module: nn.Module) -> bool:
-    if not isinstance(module, LoraLayer) or not isinstance(module.base_layer, nn.Linear):
+    if not isinstance(module, LoraLayer) or type(module.base_layer) not in (nn.Linear, Linear4bit):
         return False
     names: Any = module.active_adapters
     if len(names) != 1 or set(module.lora_A) != set(names):
@@ -106,24 +107,25 @@ class _RoundedAdapters:
         factors = [b.new_full((1,), s) for b, s in zip(self._b, self._factors, strict=True)]
         self.triples = list(zip(self._rounded_a, self._rounded_b, factors, strict=True))
 
-    @torch.no_grad()
     def round(self, *_: Any) -> None:
-        """Before each forward pass: the optimizer may have stepped, or a file been read."""
-        torch._foreach_copy_(self._rounded_a, self._a)
-        torch._foreach_copy_(self._rounded_b, self._b)
-        torch._foreach_mul_(self._rounded_b, self._factors)
+        """Before each forward pass with gradients: the optimizer may have stepped, or a file been
+        read."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                torch._foreach_copy_(self._rounded_a, self._a)
+                torch._foreach_copy_(self._rounded_b, torch._foreach_mul(self._b, self._factors))
 
 
 def _lora_forward(
-    layer: Any,
-    plain: Callable[..., torch.Tensor],
+    reference: Callable[[], Any],
     rounded: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     x: torch.Tensor,
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
+    layer = reference()
     if not torch.is_grad_enabled() or layer.disable_adapters or layer.merged or args or kwargs:
-        return plain(x, *args, **kwargs)
+        return type(layer).forward(layer, x, *args, **kwargs)
     (name,) = layer.active_adapters
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     return _LoraLinear.apply(x, a, b, layer.base_layer, *rounded)
@@ -182,7 +184,8 @@ def _weight(base: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
 # -- RMSNorm --
 
 
-def _norm_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+def _norm_forward(reference: Callable[[], Any], x: torch.Tensor) -> torch.Tensor:
+    module = reference()
     return _RmsNorm.apply(x, module.weight.to(x.dtype), module.variance_epsilon)
 
 
@@ -191,6 +194,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        x = x.contiguous()
         out, inverse_rms = torch._fused_rms_norm(x, [len(weight)], weight, epsilon)
         ctx.save_for_backward(x, inverse_rms)
         ctx.weight = weight.detach()
@@ -201,7 +205,13 @@ class _RmsNorm(torch.autograd.Function):
         x, inverse_rms = ctx.saved_tensors
         if x.is_cuda:
             grad, _ = torch.ops.aten._fused_rms_norm_backward(
-                grads[0], x, [x.shape[-1]], inverse_rms, ctx.weight, [True, False]
+                # contiguous: a kernel that takes no strides would not say so (norms of heads)
+                grads[0].contiguous(),
+                x,
+                [x.shape[-1]],
+                inverse_rms,
+                ctx.weight,
+                [True, False],
             )
             return grad, None, None
         # ∂/∂x of x̂ = x / rms: (ĝ − x̂ · mean(ĝ x̂)) / rms, with ĝ = g · w
@@ -214,7 +224,8 @@ class _RmsNorm(torch.autograd.Function):
 # -- SwiGLU --
 
 
-def _mlp_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+def _mlp_forward(reference: Callable[[], Any], x: torch.Tensor) -> torch.Tensor:
+    module = reference()
     return module.down_proj(_SwiGlu.apply(module.gate_proj(x), module.up_proj(x)))
 
 

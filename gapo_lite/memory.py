@@ -37,15 +37,21 @@ def peak_memory_gib() -> float:
 _FULL = (
     "out of memory",  # torch.OutOfMemoryError, and AcceleratorError where the driver says it
     "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",  # its workspace is taken with the first product
     "can't allocate memory",  # of a CPU
 )
+_FULL_OR_BROKEN = "CUBLAS_STATUS_NOT_INITIALIZED"  # its workspace comes with the first product
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether that is what the error means: PyTorch's allocator, cuBLAS and the driver each have
     words of their own for a card that is full."""
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _FULL)
+    if not isinstance(error, RuntimeError):
+        return False
+    if _FULL_OR_BROKEN in str(error):
+        import torch
+
+        return torch.cuda.mem_get_info()[0] < GIB / 2
+    return any(text in str(error) for text in _FULL)
 
 
 def peak_resident_bytes() -> int:

@@ -8,12 +8,15 @@ these inputs are on the GPU at a time instead of one a layer. Numbers stay the s
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+
+logger = logging.getLogger(__name__)
 
 
 class HostOffload:
@@ -26,6 +29,8 @@ class HostOffload:
     def __init__(self, device: torch.device):
         self._stream: Any = torch.cuda.Stream(device)
         self._newest: Callable[[], _Waiting | None] = _nothing
+        self._leaving: list[tuple[torch.Tensor, Any]] = []  # inputs and the events of their copies
+        self._can_pin = True
 
     def checkpoint(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A checkpointed call (`plain` is torch's `checkpoint`, not reentrant) whose inputs wait on
@@ -34,20 +39,34 @@ class HostOffload:
             return plain(*args, **kwargs)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Waiting:
-        if tensor.dim() != 3:  # checkpoint also saves an empty tensor of its own
+        if tensor.dim() != 3 or not self._can_pin:  # checkpoint also saves an empty tensor
             return tensor
-        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        try:
+            host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        except RuntimeError as error:  # says "out of memory", too, but means the host's
+            self._can_pin = False
+            logger.warning("Inputs stay on the GPU: the host gives no pinned memory (%s).", error)
+            return tensor
+        self._let_go()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self._stream)  # its memory is not given away before it is copied
+        self._leaving.append((tensor, self._stream.record_event()))
         waiting = _Waiting(host, tensor.device, self._newest)
         self._newest = weakref.ref(waiting)
         return waiting
 
+    def _let_go(self) -> None:
+        """Frees the input before, whose copy the computing stream waits for first. (record_stream
+        would do without waiting, and hold as many inputs as the host is ahead: all of them.)"""
+        for _, copied in self._leaving:
+            torch.cuda.current_stream().wait_event(copied)
+        self._leaving.clear()
+
     def _unpack(self, packed: torch.Tensor | _Waiting) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
+        self._let_go()
         self._fetch(packed)
         torch.cuda.current_stream().wait_event(packed.arrival)
         tensor, packed.tensor = packed.tensor, None

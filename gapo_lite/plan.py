@@ -18,7 +18,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,8 @@ RECOMPUTED = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 SHORTER = (1024, 768, 512, 384, 256)
 """Values of data.max_length that are tried where no dial makes it fit."""
+
+Layout = Literal["packed", "by pair", "padded"]
 
 _STEPS_LOOKED_AT = 200  # enough to know how well micro-batches are filled
 _AS_FAST = 1.02  # less than 2 % slower counts as equally fast; then less memory wins
@@ -117,14 +119,14 @@ class Dials:
         recomputed: share of the layers that compute their activations again.
         dequantized: whether the 4-bit weights are kept dequantised.
         offloaded: whether the inputs of recomputed layers wait in the host's memory.
-        layout: "packed"; "by pair", where FlashAttention refuses it; or "padded".
+        layout: "by pair" is packed where FlashAttention refuses it, two calls a pair.
     """
 
     limits: MicroBatchLimits
     recomputed: float
     dequantized: bool
     offloaded: bool = False
-    layout: str = "packed"
+    layout: Layout = "packed"
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -154,7 +156,7 @@ class Workload:
     packed: bool = True
     shards: int = 1
 
-    def sizes(self, layout: str) -> NDArray[np.int64]:
+    def sizes(self, layout: Layout) -> NDArray[np.int64]:
         """(N,) tokens of each pair through the model; see `batching.num_tokens`."""
         if layout != "padded":
             return self.lengths.sum(axis=1)
@@ -241,7 +243,7 @@ def plans_for(
 
 def _layouts(
     config: RunConfig, shape: ModelShape, work: Workload, device: Device
-) -> tuple[str, ...]:
+) -> tuple[Layout, ...]:
     """Those to choose from: `attention.why_not_flash`, foretold for a card that is not here."""
     if not work.packed:
         return ("padded",)
@@ -252,7 +254,7 @@ def _layouts(
 
 
 def _micro_batches(
-    work: Workload, limits: MicroBatchLimits, layout: str, seed: int
+    work: Workload, limits: MicroBatchLimits, layout: Layout, seed: int
 ) -> tuple[float, tuple[int, int]]:
     """Micro-batches an optimizer step, and (tokens, response tokens) of the largest."""
     sizes, packed = work.sizes(layout), layout != "padded"
@@ -343,7 +345,7 @@ def memory_parts(
     # float32 weight, gradient, Adam's m and v, and on a GPU a copy in the arithmetic's type
     adapter = 4 * 4 if device.is_cpu else 4 * 4 + item
     held = shares.activations * (1.0 if alike else shares.holes)
-    layer = held * layer_activations(shape, dials, device)
+    layer = held * layer_activations(shape, dials, device, fused=shards == 1)
     # Offloaded, three are here: the one in use, the next on its way back, the last on its way out.
     inputs = 3 if dials.offloaded else dials.recomputed * shape.layers
     kept = inputs * held * shape.hidden * item + (1 - dials.recomputed) * shape.layers * layer
@@ -395,13 +397,16 @@ def _tile(shape: ModelShape, rows: int) -> float:
     return min(rows, TILE_ROWS) * shape.vocabulary * (4 + shape.item_bytes)
 
 
-def layer_activations(shape: ModelShape, dials: Dials, device: Device) -> float:
-    """Bytes that autograd keeps of a layer for one token."""
+def layer_activations(
+    shape: ModelShape, dials: Dials, device: Device, *, fused: bool = True
+) -> float:
+    """Bytes that autograd keeps of a layer for one token; a sharded model's are not fused."""
     if device.is_cpu:
         return shape.activation_bytes
+    kept = shape.fused_bytes if fused else shape.activation_bytes
     # Without FlashAttention keys and values are kept for every head, by pair once a response, too.
     more = {"packed": 0, "padded": 2, "by pair": 3}[dials.layout]
-    return shape.fused_bytes + more * shape.width * shape.item_bytes
+    return kept + more * shape.width * shape.item_bytes
 
 
 def _seconds(

@@ -242,6 +242,7 @@ class GapoTrainer(Trainer):
         self.policy.zero_grad()
         self._step_sums.zero_()
         if self.args.device.type == "cuda":
+            torch.cuda.synchronize()  # copies of the broken pass may still be under way
             torch.cuda.empty_cache()
         batches, self._step_pairs = self._step_pairs, []
         losses = [self.training_step(self.policy, batch, num_pairs) for batch in batches]
@@ -261,10 +262,9 @@ class GapoTrainer(Trainer):
         norm = super()._clip_grad_norm(model)
         if not math.isfinite(norm):
             scaler = self.accelerator.scaler
-            if scaler and scaler.get_scale() > 1:
+            # What the forward pass gives does not depend on the scale.
+            if scaler and scaler.get_scale() > 1 and self._step_sums.isfinite().all():
                 self.skipped_steps += 1
-                if not self._step_sums.isfinite().all():
-                    self._step_sums.zero_()
                 return norm
             raise RunError(
                 f"the gradient norm is {float(norm)} at step {self.state.global_step + 1}; "
@@ -282,8 +282,6 @@ class GapoTrainer(Trainer):
             *sums, pairs, tokens = self._window_total().tolist()
             if self.accelerator.scaler:
                 logs = {**logs, "skipped_steps": self.skipped_steps}
-            if not pairs:  # all of them overflowed
-                return
             if not math.isfinite(logs["grad_norm"]):
                 del logs["grad_norm"]
             means = {name: value / pairs for name, value in zip(MEANS, sums, strict=True)}

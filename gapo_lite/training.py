@@ -378,7 +378,8 @@ def _layout(config: RunConfig, policy: PeftModel, dials: Dials) -> str:
     if config.model.backend == "unsloth":
         reason = "Unsloth has its own attention"
     else:
-        reason = why_not_packed(policy, without_flash=dials.layout == "by pair")
+        without_flash = dials.layout == "by pair" or wanted == "packed"
+        reason = why_not_packed(policy, without_flash=without_flash)
     if not reason:
         return "packed"
     if wanted == "packed":

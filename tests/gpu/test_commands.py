@@ -159,17 +159,17 @@ def test_the_demo_trains_compares_and_answers(small_settings, tmp_path):
 
 
 def test_plan_and_doctor_know_the_card_and_how_much_of_it_is_free(config_file, tmp_path, emulation):
-    held = {"HOSTCUDA_HELD_GIB": "23.75"}
+    held = {"HOSTCUDA_HELD_GIB": "23.995"}
     planned = call("plan", config_file, "--runs-dir", tmp_path, **held)
     assert emulation.Card.name in planned.stdout
     assert "of 24 GiB" in planned.stdout
-    assert "Only 0.2 of this GPU's 24.0 GiB is free" in planned.stderr
+    assert "Only 0.0 of this GPU's 24.0 GiB is free" in planned.stderr
     lines = call("doctor", "--runs-dir", tmp_path, **held).stdout.splitlines()
     found = {line[6:36].strip(): (line[:5].strip(), line[37:]) for line in lines}
-    card = f"{emulation.Card.name}, 24.0 GiB, 0.2 GiB free, bfloat16, CUDA 13.0 (emulated)"
+    card = f"{emulation.Card.name}, 24.0 GiB, 0.0 GiB free, bfloat16, CUDA 13.0 (emulated)"
     assert found["GPU"] == ("warn", card)
     assert found["4-bit layer"] == ("ok", "forward and backward on cuda:0 in bfloat16")
-    flash = "FlashAttention, forward and backward over packed pairs"
+    flash = "FlashAttention, forward and backward, tried with heads of 128"
     assert found["attention"] == ("ok", flash)
 
 

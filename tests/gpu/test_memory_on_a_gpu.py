@@ -128,8 +128,13 @@ def test_fused_layers_round_as_peft_s_do_on_a_gpu(deep_model):
 def test_a_run_warns_where_other_programs_hold_the_memory_that_it_plans_with_and_trains(
     small_settings, tmp_path, emulation
 ):
-    emulation.become((8, 9), 24 * emulation.GIB, held=int(23.75 * emulation.GIB))
-    warning = "Only 0.2 of this GPU's 24.0 GiB is free"
+    plan = forecast(parse_config(small_settings)).plan
+    needed = plan.peak - plan.parts["libraries and driver"]
+    total = 24 * emulation.GIB
+    emulation.become((8, 9), total, held=total - int(needed) - 1)
+    assert forecast(parse_config(small_settings)).notes == []
+    emulation.become((8, 9), total, held=total - int(0.95 * needed))
+    warning = "Only 0.0 of this GPU's 24.0 GiB is free"
     (told,) = forecast(parse_config(small_settings)).notes
     assert told.startswith(warning)
     run = run_of(small_settings, tmp_path, "training.max_steps=1")

@@ -9,9 +9,10 @@ PyTorch's allocator counts them, how often the host waits for the device, autoca
 FlashAttention refuses (flash_attention.py).
 
 What it cannot show: time; a kernel's own rounding and its workspace; fragments of the allocator;
-overlapping streams (events are over at once); errors that a GPU reports late; kernels that a build
-lacks; the code of bitsandbytes', Triton's and cuBLAS' kernels. It relies on the pinned torch, as a
-CPU build, and needs g++ once.
+overlapping streams (events are over at once), so neither a copy that comes too late nor memory that
+is held until one is done; errors that a GPU reports late; kernels that a build lacks; the code of
+bitsandbytes', Triton's and cuBLAS' kernels; limits of pinned memory. It relies on the pinned torch,
+as a CPU build, and needs g++ once.
 
 Environment: HOSTCUDA_GIB (memory, 24), HOSTCUDA_HELD_GIB (of it in other processes' hands, 0),
 HOSTCUDA_CAPABILITY (8.9), HOSTCUDA_NAME.
@@ -206,6 +207,13 @@ torch.version.cuda = "13.0 (emulated)"
 
 _aten = torch.library.Library("aten", "IMPL")
 flash_attention.register(_aten, _capability, _lib.hostcuda_own)
-_aten.impl(
-    "_fused_rms_norm_backward", torch._decomp.decompositions._fused_rms_norm_backward, "CUDA"
-)
+
+
+def _rms_norm_backward(grad, x, *rest):
+    """Refuses what a kernel without strides would compute wrongly, and not say so."""
+    if not (grad.is_contiguous() and x.is_contiguous()):
+        raise RuntimeError("_fused_rms_norm_backward: gradient and input must be contiguous")
+    return torch._decomp.decompositions._fused_rms_norm_backward(grad, x, *rest)
+
+
+_aten.impl("_fused_rms_norm_backward", _rms_norm_backward, "CUDA")
