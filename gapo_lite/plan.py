@@ -42,6 +42,9 @@ RECOMPUTED = (0.0, 0.25, 0.5, 0.75, 1.0)
 SHORTER = (1024, 768, 512, 384, 256)
 """Values of data.max_length that are tried where no dial makes it fit."""
 
+LOWER_RANKS = (16, 8)
+"""Values of lora.rank that are tried where shorter pairs are not enough."""
+
 Layout = Literal["packed", "by pair", "padded"]
 
 _STEPS_LOOKED_AT = 200  # enough to know how well micro-batches are filled
@@ -442,7 +445,7 @@ def _columns(lengths: NDArray[np.int64]) -> tuple[Any, Any, Any]:
 
 def advice(config: RunConfig, shape: ModelShape, work: Workload, device: Device) -> dict[str, Any]:
     """Settings that would make a plan fit that does not, by their keys: the dials if they do, else
-    shorter pairs as well; empty where nothing of the kind helps."""
+    shorter pairs as well, else a smaller adapter, too; empty where nothing of the kind helps."""
     open_dials = {
         "training": config.training.model_copy(
             update={
@@ -457,12 +460,15 @@ def advice(config: RunConfig, shape: ModelShape, work: Workload, device: Device)
     opened = config.model_copy(update=open_dials)
     longest, prompt = config.data.max_length, config.data.max_prompt_length
     shorter = [(length, min(prompt, length // 2)) for length in SHORTER if length < longest]
-    for limits in [(longest, prompt), *shorter]:
+    ranks = [shape.rank, *(rank for rank in LOWER_RANKS if rank < shape.rank)]
+    for rank, limits in itertools.product(ranks, [(longest, prompt), *shorter]):
         lengths = shortened(work.lengths, *limits)
-        tried = best_plan(opened, shape, replace(work, lengths=lengths), device)
+        smaller = replace(shape, rank=rank)
+        tried = best_plan(opened, smaller, replace(work, lengths=lengths), device)
         if tried.fits:
             cut = dict(zip(("data.max_length", "data.max_prompt_length"), limits, strict=True))
-            return _as_settings(tried.dials) | (cut if limits in shorter else {})
+            settings = _as_settings(tried.dials) | (cut if limits in shorter else {})
+            return settings | ({"lora.rank": rank} if rank < shape.rank else {})
     return {}
 
 

@@ -242,6 +242,8 @@ def show_forecast(forecast: Forecast) -> None:
         ("tokens a forward pass, at most", f"{limits.tokens:,}" if limits.tokens else "–"),
         ("pairs a forward pass, at most", f"{limits.pairs:,}" if limits.pairs else "–"),
         ("layers computed again", f"{dials.recomputed:.0%}"),
+        ("their inputs in the host's memory", "yes" if dials.offloaded else "no"),
+        ("layout", dials.layout),
         ("4-bit weights kept dequantised", "yes" if dials.dequantized else "no"),
         *((f"memory: {part}", f"{size / gib:.2f} GiB") for part, size in plan.parts.items()),
         ("memory at the peak", f"{plan.peak / gib:.1f} of {device.memory / gib:.0f} GiB"),

@@ -17,7 +17,7 @@ from gapo_lite import cli, shape
 from gapo_lite.batching import MicroBatchLimits, tokenize_pairs
 from gapo_lite.config import LoraConfig, load_config, parse_config
 from gapo_lite.data import load_pairs
-from gapo_lite.devices import GPUS, Device
+from gapo_lite.devices import GPUS, Device, device_named
 from gapo_lite.errors import ModelError
 from gapo_lite.forecast import forecast
 from gapo_lite.lengths import shortened
@@ -277,6 +277,20 @@ def test_shorter_pairs_are_advised_where_no_dial_is_enough(llama, work):
     shorter = replace(long, lengths=shortened(9 * work.lengths, *limits))
     assert not best_plan(config, llama, long, card).fits
     assert best_plan(with_settings(config, settings), llama, shorter, card).fits
+
+
+def test_a_smaller_adapter_is_advised_where_shorter_pairs_are_not_enough(work):
+    config = parse_config({"lora": {"rank": 64}})
+    wide = shape_of(LLAMA_3_8B, config.lora, torch.bfloat16)
+    card = device_named("8GB")
+    assert not best_plan(config, wide, work, card).fits
+    settings = advice(config, wide, work, card)
+    assert settings["lora.rank"] == 16
+    changed = with_settings(config, settings)
+    narrow = shape_of(LLAMA_3_8B, changed.lora, torch.bfloat16)
+    limits = changed.data.max_length, changed.data.max_prompt_length
+    shorter = replace(work, lengths=shortened(work.lengths, *limits))
+    assert best_plan(changed, narrow, shorter, card).fits
 
 
 def with_settings(config, settings):
