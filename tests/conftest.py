@@ -43,16 +43,14 @@ os.environ.setdefault("GAPO_LITE_CACHE", str(ROOT / ".pytest_cache" / "gapo-lite
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer Llama (float32) with the embedded model's tokenizer and chat
-    template, or with those of GAPO_LITE_TEST_TOKENIZER, a folder, where that is not installed."""
+    template."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from gapo_lite.model import load_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = load_tokenizer(
-        os.environ.get("GAPO_LITE_TEST_TOKENIZER", "embedded:smollm2-135m-instruct")
-    )
+    tokenizer = load_tokenizer("embedded:smollm2-135m-instruct")
     torch.manual_seed(0)
     shape = LlamaConfig(
         hidden_size=64,
