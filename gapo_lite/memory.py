@@ -35,7 +35,7 @@ def peak_memory_gib() -> float:
 
 
 _FULL = (
-    "out of memory",  # torch.OutOfMemoryError, and AcceleratorError where the driver says it
+    "out of memory",  # AcceleratorError, where the driver says it
     "CUBLAS_STATUS_ALLOC_FAILED",
     "can't allocate memory",  # of a CPU
 )
@@ -47,11 +47,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     words of their own for a card that is full."""
     if not isinstance(error, RuntimeError):
         return False
-    if _FULL_OR_BROKEN in str(error):
-        import torch
+    import torch
 
+    if _FULL_OR_BROKEN in str(error):
         return torch.cuda.mem_get_info()[0] < GIB / 2
-    return any(text in str(error) for text in _FULL)
+    is_said_so = isinstance(error, torch.OutOfMemoryError)
+    return is_said_so or any(text in str(error) for text in _FULL)
 
 
 def peak_resident_bytes() -> int:
