@@ -14,9 +14,9 @@ os.environ.setdefault(
 )  # tests run side by side; tiny models gain nothing from threads
 
 import pytest
+from checkout import REAL_DATA, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-REAL_DATA = ROOT.parent / "shared" / "data"
+pytest.register_assert_rewrite("browsing", "commands", "forging", "liger_parity", "sweeping")
 
 
 def read_real_rows(name: str) -> list[dict]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from test_cli import assert_refused, call, write_jsonl
+from commands import assert_refused, call, write_jsonl
 
 from gapo_lite.agree import agree
 from gapo_lite.data import load_pairs

@@ -10,11 +10,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checkout import ROOT
 from sweeping import add_cell, forge_sweep, keep_hits
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -25,7 +25,6 @@ from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.report import write_report
 from gapo_lite.types import TokenizedPair
 
-ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
 

@@ -11,12 +11,11 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT
+from checkout import ROOT
+from commands import assert_refused, call, write_jsonl
 from forging import forge_run, read_jsonl
-from typer.testing import CliRunner
 
 from gapo_lite import ef, training
-from gapo_lite.cli import app
 from gapo_lite.config import load_config
 from gapo_lite.runs import Run
 from gapo_lite.terminal import visible
@@ -26,28 +25,6 @@ PAIRS = [
     {"prompt": "q2", "chosen": "yes", "rejected": "yes"},
     {"prompt": "q3", "chosen": "left", "rejected": "right"},
 ]
-
-
-def call(*arguments):
-    """The outcome of `gapo-lite …`: .exit_code, .stdout, .stderr, .exception."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def assert_refused(result, *says):
-    """One message on stderr with all of `says`, exit code 2, nothing on stdout, no traceback."""
-    assert result.exit_code == 2, result.stderr
-    assert isinstance(result.exception, SystemExit)
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("error: ") == 1
-    assert "Traceback" not in result.stderr
-    for text in says:
-        assert text in result.stderr
-    assert result.stdout == ""
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture

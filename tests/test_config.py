@@ -1,16 +1,15 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
+from checkout import ROOT
 
 from gapo_lite.config import RunConfig, load_config, parse_config, setting_keys, used_settings
 from gapo_lite.errors import ConfigError
 from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.settings import read_yaml
 
-RECIPES = Path(__file__).parents[1] / "configs"
+RECIPES = ROOT / "configs"
 CONFIGS = sorted(RECIPES.glob("*.yaml"))
 SEVERAL_GPUS = sorted(RECIPES.glob("accelerate/llama*.yaml"))
 

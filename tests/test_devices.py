@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkout import ROOT
 from typer.testing import CliRunner
 
 from gapo_lite import cli
@@ -19,7 +20,7 @@ from gapo_lite.memory import GIB
 from gapo_lite.published import DATA_SETS, MODELS, published_config, published_lengths
 from gapo_lite.shape import shape_of
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 RECIPE = CONFIGS / "llama3-8b-gapo-rougel.yaml"
 ULTRAFEEDBACK = "princeton-nlp/llama3-ultrafeedback-armorm"
 

@@ -7,7 +7,7 @@ import tomllib
 from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT
+from checkout import ROOT
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 

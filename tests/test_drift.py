@@ -7,8 +7,8 @@ import math
 
 import pytest
 import yaml
+from commands import call
 from forging import numbers, run_of, settings_with
-from test_cli import call
 
 from gapo_lite.checkpoints import commit_checkpoint, list_checkpoints, stage_path
 from gapo_lite.compare import adapter_step

@@ -13,10 +13,9 @@ import gguf
 import pytest
 import torch
 from forging import forge_run, settings_with
-from modelfiles import read_modelfile
+from modelfiles import read_modelfile, stub_converter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_gguf_files import stub_converter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 from forging import forge_run
+from modelfiles import stub_converter
 from safetensors.numpy import load_file
 
 from gapo_lite.errors import ConfigError, ModelError, RunError
@@ -21,41 +21,6 @@ from gapo_lite.gguf_files import (
     write_adapter_gguf,
 )
 from gapo_lite.model import load_model_config
-
-STUB = """\
-import json, os, sys
-import gguf
-import numpy as np
-
-folder, _, out, _, outtype, _, name = sys.argv[1:]
-assert os.path.basename(folder) == name, "others would read the name of the folder"
-settings = json.load(open(folder + "/config.json"))
-assert outtype in ("bf16", "f32") and os.environ["HF_HUB_OFFLINE"] == "1"
-assert "HF_TOKEN" not in os.environ, "a secret"
-print("Loading model")
-{before}
-writer = gguf.GGUFWriter(out, settings["model_type"])
-writer.add_name(name)
-if {tokens}:
-    writer.add_token_list(["a", "b"])
-writer.add_tensor("token_embd.weight", np.zeros((2, 4), np.float32))
-for layer in range(settings["num_hidden_layers"] - {missing}):
-    writer.add_tensor(f"blk.{{layer}}.attn_q.weight", np.zeros((4, 4), np.float32))
-writer.write_header_to_file()
-writer.write_kv_data_to_file()
-writer.write_tensors_to_file()
-writer.close()
-"""
-
-
-def stub_converter(
-    folder: Path, *, before: str = "", tokens: bool = True, missing: int = 0
-) -> Path:
-    """A folder of llama.cpp's with a script in it that writes a small, real GGUF file."""
-    folder.mkdir()
-    text = STUB.format(before=before, tokens=tokens, missing=missing)
-    (folder / "convert_hf_to_gguf.py").write_text(text)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,9 @@ import itertools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from checkout import ROOT
 
 PASSES = {
     "two pairs alike": [(170, 400, 400)] * 2,

@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 from typer.testing import CliRunner
 
 from gapo_lite import endpoint as endpoint_module
@@ -963,7 +964,7 @@ def test_transformers_own_server_judges_with_the_embedded_model(judge, tmp_path,
     assert result.exit_code == 0, result.stderr
 
 
-MODELS = Path(__file__).parents[1] / ".pytest_cache" / "gapo-lite"
+MODELS = ROOT / ".pytest_cache" / "gapo-lite"
 
 
 def resolve(name):

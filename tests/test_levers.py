@@ -2,7 +2,8 @@
 model's own full logits, float32.
 
 Real pairs, and made of them: a prompt of one token, responses of one token, equal responses, and
-pairs that fill `max_length`. SmolLM's base in NF4, so that all compute with the same weights.
+pairs that fill `max_length`. The base in NF4, so that all compute with the same weights: a random
+small one, on which bfloat16 is quick also without AVX-512, and SmolLM with every lever at once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from forging import randomize_adapter
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gapo_lite import logps as head
 from gapo_lite.batching import MicroBatchLimits, pack, pad, tokenize_pairs
@@ -28,6 +30,7 @@ from gapo_lite.types import PreferencePair
 
 SMOL = "embedded:smollm2-135m-instruct"
 MAX_LENGTH = 192
+SMALL_VOCABULARY = 4096
 
 
 WHOLE = MicroBatchLimits()
@@ -61,7 +64,25 @@ BFLOAT16 = 2.0**-8
 
 
 @pytest.fixture(scope="module")
-def pairs(real_rows):
+def small(tmp_path_factory):
+    """Folder of a random four-layer Llama of 4,096 tokens."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=SMALL_VOCABULARY,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def smol_pairs(real_rows):
     tokenizer = load_tokenizer(SMOL)
     rows = sorted(real_rows, key=lambda row: len(row["prompt"] + row["chosen"] + row["rejected"]))
     real = [
@@ -82,8 +103,24 @@ def pairs(real_rows):
     ]
 
 
-def policy_in(dtype):
-    policy = add_adapter(load_base(SMOL, quantization="nf4", dtype=dtype), rank=4, alpha=8)
+@pytest.fixture(scope="module")
+def pairs(smol_pairs):
+    def few(ids):
+        return ids % SMALL_VOCABULARY
+
+    return [
+        replace(
+            pair,
+            prompt_ids=few(pair.prompt_ids),
+            chosen_ids=few(pair.chosen_ids),
+            rejected_ids=few(pair.rejected_ids),
+        )
+        for pair in smol_pairs
+    ]
+
+
+def policy_in(dtype, name):
+    policy = add_adapter(load_base(name, quantization="nf4", dtype=dtype), rank=4, alpha=8)
     return randomize_adapter(policy, 0.05)
 
 
@@ -143,47 +180,48 @@ def gradient(policy, value):
 
 
 @pytest.fixture(scope="module")
-def reference(pairs):
-    return naive(policy_in(torch.float32), pairs)
+def reference(small, pairs):
+    return naive(policy_in(torch.float32, small), pairs)
 
 
-@pytest.fixture
-def distances(pairs, reference, monkeypatch):
-    """Lever, dtype → the largest difference of a mean log-probability, in nats a token, and of the
-    whole gradient, as a share of its length."""
-
-    def measure(lever, dtype):
-        policy = policy_in(dtype)
-        if lever.packed:
-            assert why_not_packed(policy) == ""
-        set_recomputation(policy, lever.recomputed)
-        if lever.dequantized:
-            dequantize_base(policy)
-        monkeypatch.setattr(head, "TILE_ROWS", lever.tile_rows)
-        means, grads = with_levers(policy, pairs, lever)
-        away = (grads - reference[1]).norm() / reference[1].norm()
-        return (means - reference[0]).abs().max().item(), away.item()
-
-    return measure
+def distances(policy, pairs, lever, reference, monkeypatch):
+    """The largest difference of a mean log-probability, in nats a token, and of the whole gradient,
+    as a share of its length."""
+    if lever.packed:
+        assert why_not_packed(policy) == ""
+    set_recomputation(policy, lever.recomputed)
+    if lever.dequantized:
+        dequantize_base(policy)
+    monkeypatch.setattr(head, "TILE_ROWS", lever.tile_rows)
+    means, grads = with_levers(policy, pairs, lever)
+    away = (grads - reference[1]).norm() / reference[1].norm()
+    return (means - reference[0]).abs().max().item(), away.item()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lever", LEVERS)
-def test_float32_equals_the_reference(distances, lever):
-    logps, gradients = distances(LEVERS[lever], torch.float32)
-    print(f"{lever}: logps {logps:.1e} nats a token, gradients {gradients:.1e}")
+def test_float32_equals_the_reference(small, pairs, reference, lever, monkeypatch):
+    policy = policy_in(torch.float32, small)
+    logps, gradients = distances(policy, pairs, LEVERS[lever], reference, monkeypatch)
     assert logps < 1e-4
     assert gradients < 1e-4
 
 
 @pytest.mark.slow
+def test_all_levers_at_once_equal_the_reference_on_a_trained_model(smol_pairs, monkeypatch):
+    reference = naive(policy_in(torch.float32, SMOL), smol_pairs)
+    policy = policy_in(torch.float32, SMOL)
+    logps, gradients = distances(policy, smol_pairs, LEVERS["every lever"], reference, monkeypatch)
+    assert logps < 1e-4
+    assert gradients < 1e-4
+
+
 @pytest.mark.parametrize("lever", ["packed", "every lever"])
-def test_bfloat16_is_as_near_as_its_rounding(distances, pairs, reference, lever):
+def test_bfloat16_is_as_near_as_its_rounding(small, pairs, reference, lever, monkeypatch):
     """And no further from float32 than the reference itself is in bfloat16, but for luck."""
-    means, grads = naive(policy_in(torch.bfloat16), pairs)
+    policy = policy_in(torch.bfloat16, small)
+    means, grads = naive(policy, pairs)
     plain = (grads - reference[1]).norm() / reference[1].norm()
-    logps, gradients = distances(LEVERS[lever], torch.bfloat16)
-    print(f"{lever}: logps {logps:.1e}, gradients {gradients:.1e}, the reference's {plain:.1e}")
+    logps, gradients = distances(policy, pairs, LEVERS[lever], reference, monkeypatch)
     largest = reference[0].abs().max().item()
     assert logps < 4 * BFLOAT16 * largest
     assert gradients < 1.5 * plain

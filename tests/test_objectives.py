@@ -12,11 +12,11 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checkout import ROOT
 from forging import randomize_adapter
 from torch.nn.functional import logsigmoid
 
@@ -34,7 +34,6 @@ from gapo_lite.model import (
 from gapo_lite.objectives import NOT_IN_LOSS, OBJECTIVES, gapo_loss, loss_function
 from gapo_lite.types import PairLogps, TokenizedPair
 
-ROOT = Path(__file__).resolve().parents[1]
 TAKES_MARGIN = [name for name, spec in OBJECTIVES.items() if spec.takes_margin]
 HAS_MARGIN_SCALE = [name for name, spec in OBJECTIVES.items() if "margin_scale" in spec.parameters]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checkout import ROOT
 from forging import numbers, run_of, settings_with
 from transformers import LlamaConfig
 from typer.testing import CliRunner
@@ -26,7 +26,6 @@ from gapo_lite.model import load_model_config, load_tokenizer
 from gapo_lite.plan import Dials, Workload, advice, best_plan, memory_parts, sizes_of
 from gapo_lite.shape import shape_of
 
-ROOT = Path(__file__).resolve().parents[1]
 LLAMA_3_8B = LlamaConfig(
     hidden_size=4096,
     num_hidden_layers=32,

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkout import ROOT
 
 from gapo_lite import axes, plots
 from gapo_lite.axes import decimate, number
 from gapo_lite.plots import BarSeries, Series, bars, histogram, line_chart
 
-ROOT = Path(__file__).parents[1]
 CSS = plots.STYLE.read_text(encoding="utf-8")
 JS = (ROOT / "app" / "static" / "charts.js").read_text(encoding="utf-8")
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror='alert(2)'>&amp;\u202e{{7*7}}${1}"

@@ -6,14 +6,13 @@ import contextlib
 import io
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
 from packaging.requirements import Requirement
 
 from gapo_lite.cli import app
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

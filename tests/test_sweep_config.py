@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checkout import ROOT
 
 from gapo_lite.config import load_config
 from gapo_lite.errors import ConfigError
@@ -21,7 +22,7 @@ from gapo_lite.sweep_config import (
     to_yaml,
 )
 
-RECIPES = Path(__file__).parents[1] / "configs"
+RECIPES = ROOT / "configs"
 SWEEPS = sorted((RECIPES / "sweeps").glob("*.yaml"))
 BASE = {"model": {"name": "embedded:smollm2-135m-instruct"}}
 

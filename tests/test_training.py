@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from checkout import ROOT
 from forging import numbers, run_of, settings_with
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -29,7 +30,7 @@ from gapo_lite.runs import Run, list_runs
 from gapo_lite.trainer import GapoTrainer
 from gapo_lite.training import check_launch, training_arguments
 
-LAUNCH = Path(__file__).parents[1] / "configs" / "accelerate" / "data_parallel.yaml"
+LAUNCH = ROOT / "configs" / "accelerate" / "data_parallel.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 from app.children import cleaned, environment
 
@@ -20,7 +20,7 @@ def test_a_child_gets_what_models_need_and_nothing_of_the_page(monkeypatch):
     assert found["HF_HOME"] == "/somewhere"
     assert found["PATH"] == os.environ["PATH"]
     assert not found.keys() & {"GRADIO_SHARE", "AWS_SECRET_ACCESS_KEY", "RANK"}
-    assert found["PYTHONPATH"].split(os.pathsep) == [str(Path(__file__).parents[2]), "/mine"]
+    assert found["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "/mine"]
 
 
 @pytest.mark.parametrize(

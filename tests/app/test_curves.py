@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkout import ROOT
 
 from app import history as history_module
 from app.curves import FIGURES, curve, drift, ends, figure_curves, progress, smooth, summary
@@ -637,7 +638,7 @@ def test_curves_and_verdict_bring_neither_torch_nor_gradio_into_the_server():
         "heavy = {'torch', 'transformers', 'gradio', 'datasets', 'pyarrow'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"
     )
-    root = Path(__file__).resolve().parents[2]
+    root = ROOT
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
+from forging import forge_run
 
 from app import forecast_views, forecasts, forms
 from app.forecasts import CARDS, THIS_MACHINE, Outlook, answers, asked
@@ -17,10 +18,7 @@ from gapo_lite.config import RunConfig, load_config, parse_config
 from gapo_lite.devices import GPUS, VISIBLE
 from gapo_lite.errors import ConfigError, GapoError, RunError
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from forging import forge_run
-
-RECIPE = Path(__file__).parents[2] / "configs" / "llama3-8b-gapo-rougel.yaml"
+RECIPE = ROOT / "configs" / "llama3-8b-gapo-rougel.yaml"
 GREEDY = (
     "model.name=embedded:smollm2-135m-instruct",
     "data.source=embedded:everyday",

@@ -26,8 +26,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ROOT, Server, serving
+from checkout import ROOT
 from forging import forge_run
+from serving import Server, serving
 
 from app import forms
 

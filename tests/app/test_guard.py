@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from conftest import Server, serving
+from serving import Server, serving
 
 from app.guard import MAX_BODY, UPLOAD, Guard, names_an_address
 

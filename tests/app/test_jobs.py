@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from checkout import ROOT
 
 from app import jobs
 from gapo_lite.checkpoints import commit_checkpoint, list_checkpoints

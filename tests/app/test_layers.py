@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
-ROOT = Path(__file__).parents[2]
 CORE = sorted((ROOT / "gapo_lite").rglob("*.py"))
 SHOWS = {"notices.py", "theme.py", "ui.py", "__main__.py"}
 HEAVY = ("torch", "transformers", "peft", "datasets", "pyarrow", "bitsandbytes")

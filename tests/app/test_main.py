@@ -20,7 +20,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from conftest import ROOT, Server, serving
+from checkout import ROOT
+from serving import Server, serving
 
 from app import forms, jobs
 from app.__main__ import check_login

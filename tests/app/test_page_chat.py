@@ -414,7 +414,7 @@ def test_runs_and_chat_fit_a_phone(chromium: Any, server: Any) -> None:
 
 
 def test_a_long_answer_is_followed_unless_the_person_reads_further_up(chat: Any) -> None:
-    enter(chat, "max tokens", 1500)
+    enter(chat, "max tokens", 600)
     chat.page.evaluate(  # in the browser, which sees every piece: scrolls up in the middle
         """() => new MutationObserver(() => {
             const turns = document.querySelector(".turns");

@@ -6,7 +6,6 @@ import csv
 import io
 import re
 import shlex
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,15 +31,13 @@ from browsing import (
     visiting,
     watch,
 )
+from checkout import ROOT
+from forging import forge_run
 from PIL import Image
 
 from app import forms, jobs
 from gapo_lite.config import load_config
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from forging import forge_run
-
-ROOT = Path(__file__).resolve().parents[2]
 SHORT = (
     "training.max_steps=12",
     'training.sample_prompts=["Why?"]',

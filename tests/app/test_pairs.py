@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkout import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +35,6 @@ from gapo_lite.model import load_tokenizer
 from gapo_lite.preparation import prepare
 from gapo_lite.records import _margins_record
 
-ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data" / "alpaca_pairs_test.jsonl.gz"
 LEXICAL = ("jaccard", "rouge1", "rouge2", "rougeL")
 BERT = {"bertscore_model": "embedded:all-minilm-l6-v2"}

@@ -6,7 +6,6 @@ import csv
 import html
 import json
 import re
-import sys
 import threading
 import time
 import zipfile
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forging import forge_run
 
 from app import figures, forms, jobs, services
 from app.history import read_history
@@ -25,9 +25,6 @@ from app.verdict import verdict
 from gapo_lite.config import parse_config
 from gapo_lite.embedded import EMBEDDED_DATA
 from gapo_lite.errors import ConfigError, DataError, GapoError, ModelError, RunError
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from forging import forge_run
 
 DEMO = next(iter(forms.PRESETS))
 

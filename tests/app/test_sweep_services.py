@@ -15,8 +15,6 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.testclient import TestClient
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from sweeping import add_cell, forge_sweep, write
 
 from app import forms, jobs, processes, sweep_forms, sweep_jobs, sweep_views

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from checkout import ROOT
+from forging import forge_run
 
 from app import verdict as verdict_module
 from app.history import History
@@ -19,10 +19,6 @@ from gapo_lite.objectives import OBJECTIVES
 from gapo_lite.repetition import repetition
 from gapo_lite.runs import Run, now
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from forging import forge_run
-
-ROOT = Path(__file__).resolve().parents[2]
 LEVELS = ["bad", "watch", "good"]
 SENTENCE = "The quick brown fox jumps over the lazy dog while the sun sets behind the hills. "
 LOOP = "Say it again and again, my friend. " * 8

@@ -13,13 +13,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 from forging import forge_run
 
 from app.voices import Request, Voices, readable
 from gapo_lite.chat import Conversation, load_voice
 from gapo_lite.errors import ConfigError, RunError
 
-ROOT = Path(__file__).parents[2]
 LONG = 1500  # tokens; the tiny model needs several seconds for them
 
 

@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 import yaml
+from checkout import ROOT
 from forging import settings_with
 
 from app import forms, jobs
@@ -22,7 +22,6 @@ from app.services import Services
 from gapo_lite.disk import file_lock
 from gapo_lite.runs import Run
 
-ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "What is rain?"
 
 

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_8b.py"
+SCRIPT = ROOT / "benchmarks" / "gpu_8b.py"
 
 
 def command(file):

@@ -16,12 +16,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from checkout import ROOT
 
 from gapo_lite.config import RunConfig, parse_config
 
 expect = pytest.importorskip("playwright.sync_api").expect
 
-SCREENSHOTS = Path(__file__).resolve().parents[1] / "screenshots"  # git ignores it
+SCREENSHOTS = ROOT / "tests" / "screenshots"  # git ignores it
 PATIENCE_MS = 20_000
 PATIENCE_WITH_PROCESSES_MS = 90_000  # importing torch takes long on a busy machine
 CUT_OFF = (

@@ -55,7 +55,7 @@ def measure(folder: Path, device: str) -> dict[str, dict]:
     if missing:
         pytest.skip(f"{' and '.join(missing)} not installed: see requirements-liger.txt")
     here = Path(__file__)
-    path = os.pathsep.join([str(here.parents[1]), *filter(None, sys.path)])
+    path = os.pathsep.join([str(here.parents[2]), *filter(None, sys.path)])
     process = subprocess.run(
         [sys.executable, here, folder, device],
         env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": str(int(device == "cpu"))},
