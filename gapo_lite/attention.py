@@ -70,7 +70,10 @@ def shared_prefix_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if query.is_cuda and not why_not_flash(query.device, query.dtype, query.shape[-1]):
+    # With narrower values, as in latent attention, there is no kernel of one call.
+    size = query.shape[-1]
+    is_square = value.shape[-1] == size
+    if is_square and query.is_cuda and not why_not_flash(query.device, query.dtype, size):
         return _one_call(query, key, value, segments, scaling), None
     return _two_calls_a_pair(query, key, value, segments, scaling), None
 

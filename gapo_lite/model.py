@@ -41,6 +41,7 @@ from gapo_lite.batching import pack, pad
 from gapo_lite.embedded import EMBEDDED_MODELS, cache_dir, embedded_path
 from gapo_lite.errors import ModelError, RunError
 from gapo_lite.logps import pair_logps
+from gapo_lite.memory import is_out_of_memory
 from gapo_lite.offload import HostOffload
 from gapo_lite.types import PairBatch, PairLogps, TokenizedPair
 
@@ -518,6 +519,15 @@ def loading(name: str) -> Iterator[None]:
                 "(config, tokenizer, safetensors)."
             )
         raise ModelError(f"the model {name} could not be loaded: {text[:300]} {remedy}") from None
+    except RuntimeError as error:
+        # transformers hides what ended a conversion to 4 bits: as a rule memory did.
+        if not is_out_of_memory(error) and "automatic conversion of the weights" not in str(error):
+            raise
+        raise ModelError(
+            f"the model {name} does not fit into the memory that is free here: "
+            f"{' '.join(str(error).split())[:200]} End what else uses it, or take a smaller model: "
+            "`gapo-lite plan` says what it needs."
+        ) from error
 
 
 @contextlib.contextmanager

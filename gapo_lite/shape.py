@@ -131,10 +131,12 @@ def shape_of(config: PretrainedConfig, lora: LoraSettings, dtype: torch.dtype) -
             one, two = (_laid_out(config, lora, dtype, layers) for layers in (1, 2))
             plain = [_kept_bytes(policy) / _PROBE_TOKENS for policy in (one, two)]
             linear = _linear_of_a_layer(one, two)
+            if not linear:
+                raise ValueError("none of its layers is a torch.nn.Linear")
             for policy in (one, two):
                 fuse_layers(policy)
             fused = [_kept_bytes(policy) / _PROBE_TOKENS for policy in (one, two)]
-    except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise ModelError(
             f"what {config.name_or_path or config.model_type} costs cannot be counted: "
             f"{' '.join(str(error).split())[:200]}"

@@ -36,11 +36,11 @@ from gapo_lite.checkpoints import (
 from gapo_lite.config import RunConfig, TrainingConfig, settings_difference
 from gapo_lite.disk import telling_disk_errors
 from gapo_lite.drift import copy_adapter
-from gapo_lite.errors import ConfigError, GapoError
+from gapo_lite.errors import ConfigError, GapoError, RunError
 from gapo_lite.evaluate import Collate
 from gapo_lite.forecast import settle
 from gapo_lite.fused import fuse_layers
-from gapo_lite.memory import reset_peak_memory
+from gapo_lite.memory import is_out_of_memory, reset_peak_memory
 from gapo_lite.model import (
     add_adapter,
     dequantize_base,
@@ -122,7 +122,12 @@ def train(
         callback = RunCallback(
             run, config.training, tokenizer, show_progress and state.is_main_process, pause
         )
-        with _failures_recorded(run), callback.progress, stopping_on_signals(callback):
+        with (
+            _failures_recorded(run),
+            _full_memory_explained(),
+            callback.progress,
+            stopping_on_signals(callback),
+        ):
             trainer = _trainer(
                 config, run, prepared, tokenizer, callback, dials, resuming=bool(checkpoint)
             )
@@ -477,6 +482,21 @@ def _failures_recorded(run: Run) -> Iterator[None]:
                 status = run.read("status.json")
                 run.write("status.json", {**status, "state": "failed", "message": str(error)})
         raise
+
+
+@contextlib.contextmanager
+def _full_memory_explained() -> Iterator[None]:
+    """Where no smaller micro-batch helps: the weights, the adapter, the optimizer's first step."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"out of memory: {' '.join(str(error).split())[:200]} `gapo-lite plan` says what the "
+            "configuration needs and which settings need less; it does not know what other "
+            "programs hold."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkout import ROOT
 from forging import numbers, run_of, settings_with
-from transformers import LlamaConfig
+from transformers import GPT2Config, GPTJConfig, LlamaConfig
 from typer.testing import CliRunner
 
 from gapo_lite import cli, shape
@@ -367,3 +367,10 @@ def test_measured_runs_of_the_same_are_named(tiny_settings, tmp_path):
     assert (name, peak > 0, speed > 0) == ("before", True, True)
     other = forecast(parse_config(tiny_settings, ["lora.rank=2"]), runs_dir=tmp_path)
     assert other.measured == []
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("config", [GPT2Config(n_layer=2), GPTJConfig(n_layer=2)])
+def test_a_model_that_cannot_be_counted_is_told_not_raised(config):
+    with pytest.raises(ModelError, match="cannot be counted"):
+        shape_of(config, LoraConfig(), torch.float32)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from gapo_lite import loss as loss_module
+from gapo_lite import training as train_module
 from gapo_lite.checkpoints import list_checkpoints, verify_checkpoint
 from gapo_lite.config import load_config, parse_config
 from gapo_lite.errors import ConfigError, DataError, ModelError, RunError
@@ -584,3 +585,36 @@ def test_engines_that_wrap_the_model_are_refused(tiny_settings, monkeypatch, eng
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(ConfigError, match=f"use {engine}.*training.fsdp to true"):
         check_launch(parse_config(tiny_settings), 2)
+
+
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+@pytest.mark.parametrize("place", ["_policy", "_layout"])
+def test_a_card_that_is_full_before_the_first_step_is_one_message_and_leaves_no_run(
+    tiny_settings, tmp_path, monkeypatch, place
+):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(train_module, place, full)
+    with pytest.raises(RunError, match=r"out of memory.*gapo-lite plan"):
+        run_of(tiny_settings, tmp_path)
+    assert not list_runs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(FULL),
+        RuntimeError("We encountered some issues during automatic conversion of the weights."),
+    ],
+)
+def test_weights_that_do_not_fit_are_one_message(tiny_settings, tmp_path, monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(ModelError, match="does not fit into the memory"):
+        run_of(tiny_settings, tmp_path)
+    assert not list_runs(tmp_path)
