@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from forging import numbers, randomize_adapter, run_of, settings_with
 from liger_parity import measure
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from gapo_lite import attention
@@ -56,6 +57,30 @@ def logps_and_gradients(policy, batch):
     (logps.chosen_avg - 2 * logps.rejected_avg).sum().backward()
     grads = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
     return torch.cat((logps.chosen_avg, logps.rejected_avg)).detach(), grads
+
+
+def test_values_narrower_than_keys_are_packed_pair_by_pair(tmp_path):
+    """As in latent attention (DeepSeek, Youtu), for which no kernel of one call exists."""
+    shape = AutoConfig.for_model(
+        "youtu",
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=300,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path)
+    base = load_base(str(tmp_path), quantization="nf4", dtype=torch.bfloat16, device="cuda")
+    assert why_not_packed(base) == ""
 
 
 def test_one_varlen_call_equals_two_calls_a_pair(policy, monkeypatch):
