@@ -520,13 +520,13 @@ def loading(name: str) -> Iterator[None]:
             )
         raise ModelError(f"the model {name} could not be loaded: {text[:300]} {remedy}") from None
     except RuntimeError as error:
-        # transformers hides what ended a conversion to 4 bits: as a rule memory did.
+        # Where memory runs out in a conversion to 4 bits, transformers says only that it failed.
         if not is_out_of_memory(error) and "automatic conversion of the weights" not in str(error):
             raise
         raise ModelError(
-            f"the model {name} does not fit into the memory that is free here: "
-            f"{' '.join(str(error).split())[:200]} End what else uses it, or take a smaller model: "
-            "`gapo-lite plan` says what it needs."
+            f"the model {name} could not be loaded: {' '.join(str(error).split())[:300]} Most "
+            "often too little memory is free: close what else uses it, or take a smaller model. "
+            "`gapo-lite plan` says what a model needs."
         ) from error
 
 

@@ -15,6 +15,7 @@ os.environ.setdefault(
 
 import pytest
 from checkout import REAL_DATA, ROOT
+from tiny_models import save_llama, short_settings
 
 pytest.register_assert_rewrite("browsing", "commands", "forging", "liger_parity", "sweeping")
 
@@ -44,60 +45,21 @@ os.environ.setdefault("GAPO_LITE_CACHE", str(ROOT / ".pytest_cache" / "gapo-lite
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer Llama (float32) with the embedded model's tokenizer and chat
     template."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from gapo_lite.model import load_tokenizer
 
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = load_tokenizer("embedded:smollm2-135m-instruct")
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+    return save_llama(
+        tmp_path_factory.mktemp("models") / "tiny",
+        tokenizer,
         head_dim=16,
-        vocab_size=len(tokenizer),
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.1,
     )
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Settings of a 12-step run of the tiny model on 24 real-looking pairs, with dropout and
-    accumulation."""
-    from gapo_lite.embedded import EMBEDDED_DATA
-
-    folder = tmp_path_factory.mktemp("pairs")
-    for name, count in (("everyday", 24), ("everyday-heldout", 6)):
-        lines = (
-            EMBEDDED_DATA[f"embedded:{name}"].read_text(encoding="utf-8").splitlines(keepends=True)
-        )
-        (folder / f"{name}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
-    return {
-        "model": {"name": str(tiny_model), "precision": "float32"},
-        "lora": {"rank": 4, "dropout": 0.1},
-        "data": {
-            "source": str(folder / "everyday.jsonl"),
-            "heldout_source": str(folder / "everyday-heldout.jsonl"),
-        },
-        "training": {
-            "learning_rate": 1e-2,
-            "epochs": 2,
-            "batch_size": 4,
-            "micro_batch_size": 2,
-            "eval_steps": 4,
-            "save_steps": 2,
-            "logging_steps": 3,  # out of step with saving, so that a resume must keep open sums
-            "gradient_checkpointing": False,
-        },
-    }
+    """Settings of a 12-step run of the tiny model in float32."""
+    settings = short_settings(tiny_model, tmp_path_factory.mktemp("pairs"))
+    settings["model"]["precision"] = "float32"
+    return settings

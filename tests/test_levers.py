@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from forging import randomize_adapter
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import save_llama
 
 from gapo_lite import logps as head
 from gapo_lite.batching import MicroBatchLimits, pack, pad, tokenize_pairs
@@ -67,18 +67,8 @@ BFLOAT16 = 2.0**-8
 def small(tmp_path_factory):
     """Folder of a random four-layer Llama of 4,096 tokens."""
     folder = tmp_path_factory.mktemp("models") / "small"
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=SMALL_VOCABULARY,
-        initializer_range=0.1,
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    return str(folder)
+    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
+    return str(save_llama(folder, vocab_size=SMALL_VOCABULARY, **shape))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from checkout import ROOT
+from checkout import REAL_DATA, ROOT
 from forging import numbers, run_of, settings_with
 from transformers import GPT2Config, GPTJConfig, LlamaConfig
 from typer.testing import CliRunner
@@ -184,7 +184,7 @@ def test_what_was_measured_on_a_cpu_is_met_within_a_tenth(benchmark):
         row = result["objectives"]["gapo"]
         speed, peak = 1 / row["seconds_a_pair"], row["memory_gib"]
     else:
-        data = ROOT.parent / "shared" / "data" / "alpaca_pairs_train.jsonl.gz"
+        data = REAL_DATA / "alpaca_pairs_train.jsonl.gz"
         if not data.is_file():
             pytest.skip(f"real preference pairs are not on this machine: {data}")
         order = np.random.default_rng(result["settings"]["seed"]).permutation(2586)

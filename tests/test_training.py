@@ -615,6 +615,6 @@ def test_weights_that_do_not_fit_are_one_message(tiny_settings, tmp_path, monkey
         raise error
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
-    with pytest.raises(ModelError, match="does not fit into the memory"):
+    with pytest.raises(ModelError, match="could not be loaded.*too little memory is free"):
         run_of(tiny_settings, tmp_path)
     assert not list_runs(tmp_path)

@@ -638,8 +638,7 @@ def test_curves_and_verdict_bring_neither_torch_nor_gradio_into_the_server():
         "heavy = {'torch', 'transformers', 'gradio', 'datasets', 'pyarrow'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"
     )
-    root = ROOT
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 

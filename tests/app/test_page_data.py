@@ -23,6 +23,7 @@ from browsing import (
     of_title,
     open_tab,
     shoot,
+    slowness,
     visiting,
 )
 
@@ -63,21 +64,9 @@ def fact(panel: Any, name: str) -> Any:
     return panel.locator(".fact-row > span").filter(has_text=re.compile(rf"^{name} ")).locator("b")
 
 
-def first_paint_ms(page: Any) -> float:
-    """How long after it was asked for the page showed something."""
-    (paint,) = page.evaluate("performance.getEntriesByName('first-contentful-paint')")
-    return paint["startTime"]
-
-
 def test_the_first_screen_is_painted_in_two_seconds_and_filled(page: Any) -> None:
-    quickest = first_paint_ms(page)
-    for _ in range(3):  # a busy machine slows one of them, not all
-        if quickest < 2000:
-            break
-        page.reload()
-        page.get_by_role("tab", name="Train").wait_for()
-        quickest = min(quickest, first_paint_ms(page))
-    assert quickest < 2 * 2000  # on a busy core
+    paints = page.evaluate("performance.getEntriesByType('paint').map(p => [p.name, p.startTime])")
+    assert dict(paints)["first-contentful-paint"] < 2000 * slowness(page)
     panel = open_tab(page, "Data")
     expect(fact(panel, "pairs").first).to_have_text(NUM_EMBEDDED)
     expect(of_title(panel, "Gap: log")).to_be_visible()
@@ -129,13 +118,11 @@ def test_settings_of_the_margin_redraw_the_figures_at_once_and_stand_in_the_form
             }
         }).observe(document.body, { subtree: true, childList: true, characterData: true })"""
     )
-    took = []
     for gamma in (0.7, 1.3, 0.4):
         began = page.evaluate("performance.now()")
         enter(panel, "γ (gamma)", gamma)
         expect(fact(panel, "γ")).to_have_text(f"{gamma:g}")
-        took.append(page.evaluate("window.shownAt") - began)
-    assert min(took) < 500 * SLACK
+        assert page.evaluate("window.shownAt") - began < 500 * SLACK * slowness(page)
     before = of_title(panel, "Gap: log").inner_html()
     choose(panel, "mapping", "square")
     expect(of_title(panel, "Gap: square")).to_be_visible()
@@ -182,8 +169,8 @@ def test_margins_can_come_from_ratings_or_not_at_all(page: Any) -> None:
     expect(train.locator(".formula")).to_contain_text("2305.18290")
 
 
-SLACK = 6
-"""A busy core, and a browser on the same one: alone it takes some 150 ms, on a machine at rest."""
+SLACK = 3
+"""A browser on the same core as its server: alone it takes some 150 ms."""
 
 
 def test_an_uploaded_file_is_examined_line_by_line(page: Any, server: Any) -> None:
@@ -300,7 +287,7 @@ def test_a_redraw_is_fast_on_the_server_even_for_many_pairs(page: Any, server: A
         took.append(time.monotonic() - began)
         worked.append(sum(process.cpu_times()[:2]) - busy)
     assert min(worked) < 0.5  # of the server's own processor time
-    assert min(took) < 0.5 * SLACK
+    assert min(took) < 0.5 * SLACK * slowness(page)
 
 
 def test_the_page_rests_after_changes_that_came_faster_than_answers(page: Any) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkout import ROOT
+from checkout import REAL_DATA, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +35,7 @@ from gapo_lite.model import load_tokenizer
 from gapo_lite.preparation import prepare
 from gapo_lite.records import _margins_record
 
-REAL = ROOT.parent / "shared" / "data" / "alpaca_pairs_test.jsonl.gz"
+REAL = REAL_DATA / "alpaca_pairs_test.jsonl.gz"
 LEXICAL = ("jaccard", "rouge1", "rouge2", "rougeL")
 BERT = {"bertscore_model": "embedded:all-minilm-l6-v2"}
 

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from tiny_models import save_llama, short_settings
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
@@ -32,29 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer Llama (float32) with 1,024 tokens of its own: the output head
     of a larger vocabulary is most of what an emulated step takes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("models") / "small"
-    tokenizer = _trained_tokenizer(1024)
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+    return save_llama(
+        tmp_path_factory.mktemp("models") / "small",
+        _trained_tokenizer(1024),
         head_dim=16,
-        vocab_size=len(tokenizer),
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.1,
     )
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def _trained_tokenizer(size: int):
@@ -85,33 +71,8 @@ def _trained_tokenizer(size: int):
 
 @pytest.fixture(scope="session")
 def small_settings(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Settings of a 6-step run of the small model on 24 real-looking pairs, in the precision that
-    the card has, with dropout and accumulation."""
-    from gapo_lite.embedded import EMBEDDED_DATA
-
-    folder = tmp_path_factory.mktemp("pairs")
-    for name, count in (("everyday", 24), ("everyday-heldout", 6)):
-        text = EMBEDDED_DATA[f"embedded:{name}"].read_text(encoding="utf-8")
-        lines = text.splitlines(keepends=True)[:count]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    return {
-        "model": {"name": str(small_model)},
-        "lora": {"rank": 4, "dropout": 0.1},
-        "data": {
-            "source": str(folder / "everyday.jsonl"),
-            "heldout_source": str(folder / "everyday-heldout.jsonl"),
-        },
-        "training": {
-            "learning_rate": 1e-2,
-            "epochs": 1,
-            "batch_size": 4,
-            "micro_batch_size": 2,
-            "eval_steps": 3,
-            "save_steps": 2,
-            "logging_steps": 3,  # out of step with saving, so that a resume must keep open sums
-            "gradient_checkpointing": False,
-        },
-    }
+    """Settings of a 6-step run of the small model, in the precision that the card has."""
+    return short_settings(small_model, tmp_path_factory.mktemp("pairs"), epochs=1, eval_steps=3)
 
 
 @pytest.fixture

@@ -73,6 +73,22 @@ def visiting(
         context.close()
 
 
+AT_REST_MS = 85.0
+"""What FIXED_WORK takes on a core of an AMD EPYC that does nothing else."""
+FIXED_WORK = """() => {
+    const began = performance.now();
+    for (let i = 0, sum = 0; i < 3e7; i++) sum += Math.sqrt(i);
+    return performance.now() - began;
+}"""
+
+
+def slowness(page: Any) -> float:
+    """How many times longer this machine takes at present than one at rest, at least 1: what a
+    limit of time is multiplied by. A slow processor and a busy one both count."""
+    took = sorted(page.evaluate(FIXED_WORK) for _ in range(5))
+    return max(1.0, took[2] / AT_REST_MS)
+
+
 def shoot(page: Any, name: str) -> None:
     """A picture of the whole page for people to look at."""
     SCREENSHOTS.mkdir(exist_ok=True)
